@@ -1,0 +1,203 @@
+//! Modules and graphs.
+
+use std::sync::Arc;
+
+use planfile::{ExtentId, Op, Recipe, SourceFile, Tensor, TensorType, infer};
+
+use crate::error::IrError;
+use crate::ids::{GraphId, NodeId, StateId, ValueId, WeightId};
+use crate::mesh::{Mesh, Placement};
+
+/// A model: its entry points, graphs, weights and states, and the mesh it is placed on.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Module {
+    pub name: String,
+    pub mesh: Mesh,
+    /// Files that weight recipes read.
+    pub files: Vec<SourceFile>,
+    pub weights: Vec<Weight>,
+    pub states: Vec<State>,
+    pub graphs: Vec<Graph>,
+    pub entries: Vec<Entry>,
+}
+
+/// A constant tensor of the model. Types are of the whole tensor, never of a rank's part.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Weight {
+    pub name: String,
+    pub ty: TensorType,
+    pub recipe: Recipe,
+}
+
+/// Memory that lives from run to run: a pair of a model input and a model output.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct State {
+    pub name: String,
+    pub ty: TensorType,
+    /// Where the current length of the bounded dimension is.
+    pub extent: ExtentId,
+}
+
+/// A way into the model: a signature and the graphs that compute it, one per stage (one before sharding).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    pub name: String,
+    pub inputs: Vec<Port>,
+    pub outputs: Vec<Port>,
+    /// Inputs whose values were bound at compile time because shapes depend on them; a run must bring the same values.
+    pub pinned: Vec<(String, Tensor)>,
+    pub stages: Vec<GraphId>,
+}
+
+/// A named input or output of an entry; the type is of the whole tensor.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Port {
+    pub name: String,
+    pub ty: TensorType,
+}
+
+/// A straight list of nodes in topological order.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Graph {
+    pub name: String,
+    pub values: Vec<Value>,
+    pub nodes: Vec<Node>,
+    pub outputs: Vec<Output>,
+    /// Ranks that run this graph, ascending; empty before sharding.
+    pub ranks: Vec<u32>,
+}
+
+/// A value that leaves the graph as the entry's output number `position`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Output {
+    pub position: u32,
+    pub value: ValueId,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Value {
+    /// Before sharding the whole tensor's; after it, what each rank holds.
+    pub ty: TensorType,
+    pub def: ValueDef,
+    /// After sharding: what this is a shard of.
+    pub shard: Option<Shard>,
+}
+
+/// A rank's part: of which sizes, placed how.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shard {
+    pub global: Vec<u64>,
+    pub placement: Placement,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ValueDef {
+    /// The entry's input number so-and-so.
+    Input(u32),
+    Weight(WeightId),
+    State(StateId),
+    /// A node's result, by position.
+    Node(NodeId, u32),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Node {
+    pub op: Op,
+    pub operands: Vec<ValueId>,
+    pub results: Vec<ValueId>,
+    /// Names of the ONNX nodes it came from.
+    pub origin: Origin,
+}
+
+/// Names of ONNX nodes, shared between the nodes that came from them.
+pub type Origin = Arc<[Arc<str>]>;
+
+/// An origin of one name.
+pub fn origin(name: &str) -> Origin {
+    Arc::from([Arc::from(name)])
+}
+
+impl Graph {
+    pub fn new(name: &str) -> Self {
+        Self { name: name.to_owned(), ..Self::default() }
+    }
+
+    pub fn value(&self, id: ValueId) -> &Value {
+        &self.values[id.index()]
+    }
+
+    pub fn ty(&self, id: ValueId) -> &TensorType {
+        &self.value(id).ty
+    }
+
+    pub fn node(&self, id: NodeId) -> &Node {
+        &self.nodes[id.index()]
+    }
+
+    /// The node that defines the value, if one does.
+    pub fn producer(&self, id: ValueId) -> Option<&Node> {
+        match self.value(id).def {
+            ValueDef::Node(node, _) => Some(self.node(node)),
+            ValueDef::Input(_) | ValueDef::Weight(_) | ValueDef::State(_) => None,
+        }
+    }
+
+    fn add_value(&mut self, ty: TensorType, def: ValueDef) -> ValueId {
+        self.values.push(Value { ty, def, shard: None });
+        ValueId(self.values.len() as u32 - 1)
+    }
+
+    /// Adds a value that no node defines. The same input, weight or state of the same type is added once.
+    pub fn add_source(&mut self, ty: TensorType, def: ValueDef) -> ValueId {
+        let known = self.values.iter().position(|value| value.def == def && value.ty == ty && value.shard.is_none());
+        known.map_or_else(|| self.add_value(ty, def), |index| ValueId(index as u32))
+    }
+
+    /// Appends a node and its results, whose types follow from the operands'.
+    ///
+    /// # Errors
+    /// [`IrError::Type`] when the operands do not fit the operation.
+    pub fn add(&mut self, op: Op, operands: &[ValueId], origin: &Origin) -> Result<Vec<ValueId>, IrError> {
+        let types: Vec<&TensorType> = operands.iter().map(|&operand| self.ty(operand)).collect();
+        let types = infer(&op, &types).map_err(|why| IrError::Type {
+            graph: self.name.clone(),
+            op: op.name(),
+            origin: origin.first().map(|name| name.to_string()).unwrap_or_default(),
+            why,
+        })?;
+        let node = NodeId(self.nodes.len() as u32);
+        let positions = 0u32..;
+        let results: Vec<ValueId> =
+            types.into_iter().zip(positions).map(|(ty, i)| self.add_value(ty, ValueDef::Node(node, i))).collect();
+        let (operands, origin) = (operands.to_vec(), Arc::clone(origin));
+        self.nodes.push(Node { op, operands, results: results.clone(), origin });
+        Ok(results)
+    }
+
+    /// Appends a node that has one result.
+    ///
+    /// # Errors
+    /// As [`Self::add`], and when the operation has another number of results.
+    pub fn add_one(&mut self, op: Op, operands: &[ValueId], origin: &Origin) -> Result<ValueId, IrError> {
+        let name = op.name();
+        match self.add(op, operands, origin)?.as_slice() {
+            [result] => Ok(*result),
+            results => Err(IrError::Type {
+                graph: self.name.clone(),
+                op: name,
+                origin: origin.first().map(|name| name.to_string()).unwrap_or_default(),
+                why: format!("has {} results where one is expected", results.len()),
+            }),
+        }
+    }
+}
+
+impl Module {
+    pub fn graph(&self, id: GraphId) -> &Graph {
+        &self.graphs[id.index()]
+    }
+
+    pub fn weight(&self, id: WeightId) -> &Weight {
+        &self.weights[id.index()]
+    }
+}

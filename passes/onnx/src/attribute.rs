@@ -1,0 +1,98 @@
+//! Values of attributes, and the constants that they give to Constant nodes.
+
+use planfile::DType;
+
+use crate::error::{OnnxError, TensorProblem};
+use crate::flat::{Attribute, Graph, Initializer, Node};
+use crate::messages::{AttributeProto, AttributeType};
+use crate::tensor_data::Tensor;
+
+pub(crate) fn attribute_error(node: &str, attribute: &str, problem: &str) -> OnnxError {
+    OnnxError::Attribute { node: node.to_owned(), attribute: attribute.to_owned(), problem: problem.to_owned() }
+}
+
+/// A string attribute's text.
+pub(crate) fn text(bytes: &[u8]) -> Result<String, Attribute> {
+    let text = str::from_utf8(bytes).map_err(|_| Attribute::Unsupported("a string that is not UTF-8".into()))?;
+    Ok(text.to_owned())
+}
+
+/// Sets apart a valid tensor that we have no type for: its node is reported with all the others that cannot be imported.
+pub(crate) fn readable(tensor: Result<Tensor, OnnxError>) -> Result<Result<Tensor, Attribute>, OnnxError> {
+    match tensor {
+        Ok(tensor) => Ok(Ok(tensor)),
+        Err(OnnxError::Tensor { problem: TensorProblem::UnsupportedType { name }, .. }) => {
+            Ok(Err(Attribute::Unsupported(format!("a tensor of {name}"))))
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// The declared type, or for files from before it was required, the one of the field that is there.
+pub(crate) fn attribute_type(proto: &AttributeProto, node: &str) -> Result<AttributeType, OnnxError> {
+    let declared = AttributeType::try_from(proto.r#type)
+        .map_err(|_| attribute_error(node, &proto.name, &format!("its type number {} is unknown", proto.r#type)))?;
+    if declared != AttributeType::Undefined {
+        return Ok(declared);
+    }
+    let fields = [
+        (proto.f.is_some(), AttributeType::Float),
+        (proto.i.is_some(), AttributeType::Int),
+        (proto.s.is_some(), AttributeType::String),
+        (proto.t.is_some(), AttributeType::Tensor),
+        (proto.g.is_some(), AttributeType::Graph),
+        (!proto.floats.is_empty(), AttributeType::Floats),
+        (!proto.ints.is_empty(), AttributeType::Ints),
+        (!proto.strings.is_empty(), AttributeType::Strings),
+        (!proto.tensors.is_empty(), AttributeType::Tensors),
+        (!proto.graphs.is_empty(), AttributeType::Graphs),
+        (proto.sparse_tensor.is_some(), AttributeType::SparseTensor),
+    ];
+    let present = fields.into_iter().find_map(|(is_present, kind)| is_present.then_some(kind));
+    Ok(present.unwrap_or(AttributeType::Undefined))
+}
+
+/// Nodes of the bodies that an attribute holds.
+pub(crate) fn nodes_in(attribute: &Attribute) -> usize {
+    let count = |graph: &Graph| {
+        let inner = graph.nodes.iter().flat_map(|node| node.attributes.values()).map(nodes_in);
+        inner.fold(graph.nodes.len(), usize::saturating_add)
+    };
+    match attribute {
+        Attribute::Graph(graph) => count(graph),
+        Attribute::Graphs(graphs) => graphs.iter().map(count).fold(0, usize::saturating_add),
+        Attribute::Int(_)
+        | Attribute::Float(_)
+        | Attribute::String(_)
+        | Attribute::Ints(_)
+        | Attribute::Floats(_)
+        | Attribute::Strings(_)
+        | Attribute::Tensor(_)
+        | Attribute::Tensors(_)
+        | Attribute::Unsupported(_) => 0,
+    }
+}
+
+/// The initializer that a Constant node stands for; `None` for any other node, and for constants of strings.
+pub(crate) fn constant(node: &Node) -> Option<Initializer> {
+    if node.op_type != "Constant" || !node.domain.is_empty() {
+        return None;
+    }
+    let ([output], 1) = (node.outputs.as_slice(), node.attributes.len()) else { return None };
+    let (key, value) = node.attributes.first_key_value()?;
+    let floats = |dims, values: &[f32]| {
+        Tensor::inline(DType::F32, dims, values.iter().flat_map(|value| value.to_le_bytes()).collect())
+    };
+    let ints = |dims, values: &[i64]| {
+        Tensor::inline(DType::I64, dims, values.iter().flat_map(|value| value.to_le_bytes()).collect())
+    };
+    let tensor = match (key.as_str(), value) {
+        ("value" | "sparse_value", Attribute::Tensor(tensor)) => tensor.clone(),
+        ("value_float", Attribute::Float(value)) => floats(vec![], &[*value]),
+        ("value_floats", Attribute::Floats(values)) => floats(vec![values.len() as u64], values),
+        ("value_int", Attribute::Int(value)) => ints(vec![], &[*value]),
+        ("value_ints", Attribute::Ints(values)) => ints(vec![values.len() as u64], values),
+        _ => return None,
+    };
+    Some(Initializer { name: output.clone(), tensor })
+}

@@ -1,0 +1,386 @@
+//! Binds the dimensions of a model's inputs to numbers.
+//!
+//! Symbols are bound by name, by whole shapes and by sample inputs; all must agree. A dimension may also be an
+//! expression of symbols, such as `past + 1`, which follows from them.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use planfile::{DType, Tensor, TensorType};
+use thiserror::Error;
+
+use crate::dim_expr::{evaluate, symbols};
+use crate::error::{OnnxError, UnboundDim};
+use crate::flat::{Container, DimSpec, Graph, ValueInfo};
+use crate::tensor_data::ElemType;
+
+/// What a user binds before import.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Bindings {
+    /// Symbolic dimensions by name.
+    pub dims: BTreeMap<String, u64>,
+    /// Whole shapes by input name.
+    pub shapes: BTreeMap<String, Vec<u64>>,
+    /// Sample inputs by name: their shapes count, and their values where shapes depend on them.
+    pub samples: BTreeMap<String, Tensor>,
+    /// Seed of the noise that stands in for weights whose file is absent.
+    pub random_weights: Option<u64>,
+}
+
+/// Why bindings do not fit the model, or each other.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum BindingError {
+    #[error("the model has no dimension `{name}`; {}", known_names("its dimensions are", known))]
+    UnknownDim { name: String, known: Vec<String> },
+    #[error(
+        "{given} names the input `{input}`, which the model does not have; {}",
+        known_names("its inputs are", known)
+    )]
+    UnknownInput { given: &'static str, input: String, known: Vec<String> },
+    #[error("input `{input}` has rank {expected}, but {given} gives it {found} dimensions; give {expected}")]
+    Rank { input: String, given: &'static str, expected: usize, found: usize },
+    #[error(
+        "axis {axis} of input `{input}` is {expected} in the model, but {given} makes it {found}; bind it to {expected}"
+    )]
+    Size { input: String, axis: usize, given: &'static str, expected: u64, found: u64 },
+    #[error(
+        "dimension `{name}` is bound to {first} by {first_given} and to {second} by {second_given}; make them agree"
+    )]
+    Conflict { name: String, first: u64, first_given: String, second: u64, second_given: String },
+    #[error("input `{input}` has element type {expected}, but its sample has {found}; convert the sample")]
+    ElementType { input: String, expected: DType, found: DType },
+    #[error("input `{input}` is {what}, which is not supported; export the model with tensor inputs")]
+    NotATensor { input: String, what: &'static str },
+    #[error("input `{input}` with dimensions {sizes:?} is larger than 63 bits of bytes; bind smaller dimensions")]
+    TooLarge { input: String, sizes: Vec<u64> },
+}
+
+fn known_names(what: &str, known: &[String]) -> String {
+    if known.is_empty() {
+        return "it has none".to_owned();
+    }
+    let names: Vec<String> = known.iter().map(|name| format!("`{name}`")).collect();
+    format!("{what} {}", names.join(", "))
+}
+
+/// A number and where it is from.
+struct Bound {
+    size: u64,
+    given: String,
+}
+
+/// Types of the graph's inputs, in order.
+///
+/// # Errors
+/// [`OnnxError::Binding`] when bindings contradict the model or each other, [`OnnxError::UnboundDims`] with everything
+/// that is still open otherwise.
+pub(crate) fn bind(graph: &Graph, bindings: &Bindings) -> Result<Vec<TensorType>, OnnxError> {
+    let known = named_dims(graph);
+    check_names(graph, bindings, &known)?;
+    let mut bound = BTreeMap::new();
+    for (name, &size) in &bindings.dims {
+        bound.insert(name.clone(), Bound { size, given: format!("`--dim {name}={size}`") });
+    }
+    let mut given_shapes = Vec::new();
+    for input in &graph.inputs {
+        let dtype = element_type(input, bindings)?;
+        let sizes = given_sizes(input, bindings)?;
+        if let (Some(sizes), Some(dims)) = (&sizes, &input.dims) {
+            for (dim, &size) in dims.iter().zip(sizes) {
+                let (DimSpec::Param(name), false) = (dim, is_unnamed(dim)) else { continue };
+                let given = format!("the shape of input `{}`", input.name);
+                conflict(name, bound.get(name), size, &given)?;
+                bound.entry(name.clone()).or_insert(Bound { size, given });
+            }
+        }
+        given_shapes.push((input, dtype, sizes));
+    }
+    check_expressions(&known, &bound)?;
+    let mut unbound = Vec::new();
+    let mut types = Vec::new();
+    for (input, dtype, given) in given_shapes {
+        let sizes = match given {
+            Some(sizes) => sizes,
+            None => model_sizes(input, &known, &bound, &mut unbound),
+        };
+        let ty = TensorType::new(dtype, &sizes);
+        if ty.bytes().is_none() {
+            return Err(BindingError::TooLarge { input: input.name.clone(), sizes }.into());
+        }
+        types.push(ty);
+    }
+    if unbound.is_empty() { Ok(types) } else { Err(OnnxError::UnboundDims(unbound)) }
+}
+
+/// A dimension without number or name: exporters also write `?`, and 0 for what they do not know.
+fn is_unnamed(dim: &DimSpec) -> bool {
+    match dim {
+        DimSpec::Unknown | DimSpec::Value(0) => true,
+        DimSpec::Param(name) => name == "?" || name.parse::<i64>().is_ok(),
+        DimSpec::Value(_) => false,
+    }
+}
+
+/// The names that dimensions of inputs have.
+fn named_dims(graph: &Graph) -> BTreeSet<String> {
+    let dims = graph.inputs.iter().flat_map(|input| input.dims.iter().flatten());
+    let named = dims.filter(|dim| !is_unnamed(dim)).filter_map(|dim| match dim {
+        DimSpec::Param(name) => Some(name.clone()),
+        DimSpec::Value(_) | DimSpec::Unknown => None,
+    });
+    named.collect()
+}
+
+fn check_names(graph: &Graph, bindings: &Bindings, dims: &BTreeSet<String>) -> Result<(), BindingError> {
+    let inside: BTreeSet<String> = dims.iter().flat_map(|name| symbols(name)).chain(dims.iter().cloned()).collect();
+    if let Some(name) = bindings.dims.keys().find(|name| !inside.contains(*name)) {
+        return Err(BindingError::UnknownDim { name: name.clone(), known: dims.iter().cloned().collect() });
+    }
+    let known: Vec<String> = graph.inputs.iter().map(|input| input.name.clone()).collect();
+    let shapes = bindings.shapes.keys().map(|name| ("`--shape`", name));
+    let samples = bindings.samples.keys().map(|name| ("a sample", name));
+    match shapes.chain(samples).find(|(_, name)| !known.contains(name)) {
+        Some((given, input)) => Err(BindingError::UnknownInput { given, input: input.clone(), known }),
+        None => Ok(()),
+    }
+}
+
+fn element_type(input: &ValueInfo, bindings: &Bindings) -> Result<DType, OnnxError> {
+    let what = match input.container {
+        Container::Tensor => None,
+        Container::SparseTensor => Some("a sparse tensor"),
+        Container::Sequence => Some("a sequence"),
+        Container::Optional => Some("an optional"),
+        Container::Map => Some("a map"),
+    };
+    if let Some(what) = what {
+        return Err(BindingError::NotATensor { input: input.name.clone(), what }.into());
+    }
+    let sample = bindings.samples.get(&input.name).map(|sample| sample.ty.dtype);
+    if let (ElemType::UNDEFINED, Some(dtype)) = (input.elem_type, sample) {
+        return Ok(dtype);
+    }
+    let dtype = input.elem_type.dtype().map_err(|problem| OnnxError::Tensor { tensor: input.name.clone(), problem })?;
+    match sample {
+        Some(found) if found != dtype => {
+            Err(BindingError::ElementType { input: input.name.clone(), expected: dtype, found }.into())
+        }
+        Some(_) | None => Ok(dtype),
+    }
+}
+
+/// Sizes that a shape or a sample gives, checked against each other and the model's numbers.
+fn given_sizes(input: &ValueInfo, bindings: &Bindings) -> Result<Option<Vec<u64>>, BindingError> {
+    let name = || input.name.clone();
+    let shape = bindings.shapes.get(&input.name).map(|sizes| ("`--shape`", sizes.clone()));
+    let sample = bindings.samples.get(&input.name).map(|sample| ("its sample", sample.ty.sizes()));
+    if let (Some((given, shape)), Some((sample_given, sample))) = (&shape, &sample) {
+        if shape.len() != sample.len() {
+            return Err(BindingError::Rank { input: name(), given, expected: sample.len(), found: shape.len() });
+        }
+        if let Some(axis) = (0..shape.len()).find(|&axis| shape[axis] != sample[axis]) {
+            return Err(BindingError::Conflict {
+                name: format!("{}[{axis}]", input.name),
+                first: shape[axis],
+                first_given: (*given).to_owned(),
+                second: sample[axis],
+                second_given: (*sample_given).to_owned(),
+            });
+        }
+    }
+    let Some((given, sizes)) = shape.or(sample) else { return Ok(None) };
+    let Some(dims) = &input.dims else { return Ok(Some(sizes)) };
+    if dims.len() != sizes.len() {
+        return Err(BindingError::Rank { input: name(), given, expected: dims.len(), found: sizes.len() });
+    }
+    for (axis, (dim, &found)) in dims.iter().zip(&sizes).enumerate() {
+        match dim {
+            DimSpec::Value(expected) if *expected != found && !is_unnamed(dim) => {
+                return Err(BindingError::Size { input: name(), axis, given, expected: *expected, found });
+            }
+            DimSpec::Value(_) | DimSpec::Param(_) | DimSpec::Unknown => {}
+        }
+    }
+    Ok(Some(sizes))
+}
+
+fn conflict(name: &str, first: Option<&Bound>, second: u64, second_given: &str) -> Result<(), BindingError> {
+    match first {
+        Some(first) if first.size != second => Err(BindingError::Conflict {
+            name: name.to_owned(),
+            first: first.size,
+            first_given: first.given.clone(),
+            second,
+            second_given: second_given.to_owned(),
+        }),
+        Some(_) | None => Ok(()),
+    }
+}
+
+/// Expressions that are bound themselves must agree with their symbols.
+fn check_expressions(names: &BTreeSet<String>, bound: &BTreeMap<String, Bound>) -> Result<(), BindingError> {
+    for name in names {
+        if let Some(value) = evaluate(name, &|symbol| bound.get(symbol).map(|bound| bound.size)) {
+            conflict(name, bound.get(name), value, &symbols_given(name, bound))?;
+        }
+    }
+    Ok(())
+}
+
+fn symbols_given(name: &str, bound: &BTreeMap<String, Bound>) -> String {
+    let mut parts: Vec<String> = Vec::new();
+    for symbol in symbols(name) {
+        if let Some(bound) = bound.get(&symbol) {
+            parts.push(format!("`{symbol}` = {} ({})", bound.size, bound.given));
+        }
+    }
+    parts.join(" and ")
+}
+
+/// Sizes from the model's numbers and the bound symbols. What is open goes to `unbound`, 0 in its place.
+fn model_sizes(
+    input: &ValueInfo,
+    names: &BTreeSet<String>,
+    bound: &BTreeMap<String, Bound>,
+    unbound: &mut Vec<UnboundDim>,
+) -> Vec<u64> {
+    let Some(dims) = &input.dims else {
+        unbound.push(UnboundDim { input: input.name.clone(), axis: 0, name: None });
+        return Vec::new();
+    };
+    let mut sizes = Vec::new();
+    for (axis, dim) in dims.iter().enumerate() {
+        let open = |name: Option<String>| UnboundDim { input: input.name.clone(), axis, name };
+        let size = match dim {
+            _ if is_unnamed(dim) => Err(Some(open(None))),
+            DimSpec::Value(size) => Ok(*size),
+            DimSpec::Unknown => Err(Some(open(None))),
+            DimSpec::Param(name) => {
+                let size = |symbol: &str| bound.get(symbol).map(|bound| bound.size);
+                let found = size(name).or_else(|| evaluate(name, &size));
+                // An expression follows once its symbols are bound; those are listed where they stand alone.
+                let inner = symbols(name);
+                let follows = !inner.contains(name) && inner.iter().all(|symbol| names.contains(symbol));
+                found.ok_or_else(|| (!follows).then(|| open(Some(name.clone()))))
+            }
+        };
+        sizes.push(size.unwrap_or_else(|open| {
+            let known = |open: &UnboundDim| open.name.is_some() && unbound.iter().any(|other| other.name == open.name);
+            unbound.extend(open.filter(|open| !known(open)));
+            0
+        }));
+    }
+    sizes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::harness::{info, tensor};
+
+    const FLOAT: ElemType = ElemType(1);
+
+    fn dims(names: &[&str]) -> Vec<DimSpec> {
+        let dim = |name: &&str| match name.parse() {
+            Ok(size) => DimSpec::Value(size),
+            Err(_) => DimSpec::Param((*name).to_owned()),
+        };
+        names.iter().map(dim).collect()
+    }
+
+    /// A graph with the inputs `ids: [batch, 1]`, `mask: [batch, past + 1]` and `key: [batch, 2, past, 8]`.
+    fn decoder() -> Graph {
+        let input = |name, names: &[&str]| info(name, FLOAT, Some(dims(names)));
+        let inputs = vec![
+            input("ids", &["batch", "1"]),
+            input("mask", &["batch", "past + 1"]),
+            input("key", &["batch", "2", "past", "8"]),
+        ];
+        Graph { inputs, ..Graph::default() }
+    }
+
+    fn named(dims: &[(&str, u64)]) -> Bindings {
+        Bindings { dims: dims.iter().map(|&(name, size)| (name.to_owned(), size)).collect(), ..Bindings::default() }
+    }
+
+    fn sizes(graph: &Graph, bindings: &Bindings) -> Vec<Vec<u64>> {
+        bind(graph, bindings).unwrap().iter().map(TensorType::sizes).collect()
+    }
+
+    fn error(graph: &Graph, bindings: &Bindings) -> String {
+        bind(graph, bindings).unwrap_err().to_string()
+    }
+
+    fn with_shape(mut bindings: Bindings, input: &str, sizes: &[u64]) -> Bindings {
+        bindings.shapes.insert(input.to_owned(), sizes.to_vec());
+        bindings
+    }
+
+    fn with_sample(mut bindings: Bindings, input: &str, sample: Tensor) -> Bindings {
+        bindings.samples.insert(input.to_owned(), sample);
+        bindings
+    }
+
+    #[test]
+    fn names_bind_dimensions_and_expressions_of_them() {
+        let expected = [vec![3, 1], vec![3, 7], vec![3, 2, 6, 8]];
+        assert_eq!(sizes(&decoder(), &named(&[("batch", 3), ("past", 6)])), expected);
+        let shape = with_shape(named(&[("batch", 3)]), "key", &[3, 2, 6, 8]);
+        assert_eq!(sizes(&decoder(), &shape), expected);
+        let sample = with_sample(named(&[]), "key", tensor(&[3, 2, 6, 8], &[0f32; 288]));
+        assert_eq!(sizes(&decoder(), &sample), expected);
+        let whole = named(&[("batch", 3), ("past", 0), ("past + 1", 1)]);
+        assert_eq!(sizes(&decoder(), &whole)[1..], [vec![3, 1], vec![3, 2, 0, 8]]);
+    }
+
+    #[test]
+    fn lists_every_open_dimension_once() {
+        let text = error(&decoder(), &named(&[]));
+        assert!(text.contains("`--dim batch=N`") && text.contains("`--dim past=N`"), "{text}");
+        assert!(!text.contains("past + 1") && text.matches("--dim batch").count() == 1, "{text}");
+        let graph = Graph { inputs: vec![info("x", FLOAT, Some(dims(&["?", "0", "-1"])))], ..Graph::default() };
+        assert_eq!(error(&graph, &named(&[])).matches("`--shape x=").count(), 3);
+        assert_eq!(sizes(&graph, &with_shape(named(&[]), "x", &[2, 3, 4])), [[2, 3, 4]]);
+        let unranked = Graph { inputs: vec![info("x", FLOAT, None)], ..Graph::default() };
+        assert!(error(&unranked, &named(&[])).contains("`--shape x="));
+    }
+
+    #[test]
+    fn two_values_of_one_name_contradict() {
+        let shape = with_shape(named(&[("batch", 3)]), "ids", &[4, 1]);
+        let text = error(&decoder(), &shape);
+        assert!(text.contains("bound to 3 by `--dim batch=3` and to 4 by the shape of input `ids`"), "{text}");
+        let text = error(&decoder(), &named(&[("batch", 3), ("past", 6), ("past + 1", 9)]));
+        assert!(text.contains("`past + 1` is bound to 9") && text.contains("to 7 by `past` = 6"), "{text}");
+        let both = with_sample(with_shape(named(&[]), "ids", &[3, 1]), "ids", tensor(&[4, 1], &[0f32; 4]));
+        assert!(error(&decoder(), &both).contains("`ids[0]` is bound to 3"));
+    }
+
+    #[test]
+    fn shapes_must_fit_the_model() {
+        let text = error(&decoder(), &with_shape(named(&[]), "ids", &[3]));
+        assert!(text.contains("rank 2") && text.contains("`--shape`"), "{text}");
+        let text = error(&decoder(), &with_shape(named(&[]), "ids", &[3, 2]));
+        assert!(text.contains("axis 1 of input `ids` is 1 in the model"), "{text}");
+        let text = error(&decoder(), &with_sample(named(&[]), "ids", tensor(&[3, 1], &[0i64; 3])));
+        assert!(text.contains("element type f32, but its sample has i64"), "{text}");
+        let text = error(&decoder(), &named(&[("batch", u64::MAX), ("past", 1)]));
+        assert!(text.contains("larger than 63 bits"), "{text}");
+    }
+
+    #[test]
+    fn unknown_names_list_the_known_ones() {
+        let text = error(&decoder(), &named(&[("bach", 3)]));
+        assert!(text.contains("`bach`") && text.contains("`batch`, `past`"), "{text}");
+        let text = error(&decoder(), &with_shape(named(&[]), "x", &[1]));
+        assert!(text.contains("`ids`, `mask`, `key`"), "{text}");
+    }
+
+    #[test]
+    fn inputs_are_tensors_of_known_types() {
+        let mut graph = decoder();
+        graph.inputs[0].elem_type = ElemType(8);
+        assert!(error(&graph, &named(&[("batch", 1), ("past", 1)])).contains("string"));
+        graph.inputs[0].container = Container::Sequence;
+        assert!(error(&graph, &named(&[("batch", 1), ("past", 1)])).contains("is a sequence"));
+    }
+}

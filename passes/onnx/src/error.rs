@@ -1,0 +1,306 @@
+//! What can be wrong with a model, each message saying what, where, and what to do next.
+
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+use crate::bindings::BindingError;
+use crate::load::{IR_VERSIONS, OPSETS};
+
+/// Why a model could not be loaded or imported. The file's or the user's fault, never a bug of ours.
+#[derive(Debug, Error)]
+pub enum OnnxError {
+    #[error("cannot {action} {}: {source}; check the path and its permissions", path.display())]
+    Io { path: PathBuf, action: &'static str, source: io::Error },
+
+    #[error("{} is empty (0 bytes); export or download the model again", path.display())]
+    Empty { path: PathBuf },
+
+    #[error("{} is not a regular file; give the path of a model file", path.display())]
+    NotAFile { path: PathBuf },
+
+    #[error("{} has {file_bytes} bytes, more than the {limit_bytes} that one tensor file may have; give a smaller sample", path.display())]
+    TensorFileTooLarge { path: PathBuf, file_bytes: u64, limit_bytes: u64 },
+
+    #[error("{} is not an ONNX model: {found} at byte {offset}; {hint}", path.display())]
+    NotAModel { path: PathBuf, offset: u64, found: String, hint: &'static str },
+
+    #[error(
+        "{} is truncated: a field at byte {offset} needs {needed_bytes} bytes, {left_bytes} are left; export or download the model again",
+        path.display()
+    )]
+    Truncated { path: PathBuf, offset: u64, needed_bytes: u64, left_bytes: u64 },
+
+    #[error("{} is damaged: {found} at byte {offset}, inside {inside}; export or download the model again", path.display())]
+    Malformed { path: PathBuf, offset: u64, inside: &'static str, found: String },
+
+    #[error("{} is damaged: {source}; run `onnx.checker.check_model` on it, or export it again", path.display())]
+    Decode { path: PathBuf, source: prost::DecodeError },
+
+    #[error(
+        "{} nests messages deeper than {limit} levels at byte {offset}; flatten its nested If and Loop bodies",
+        path.display()
+    )]
+    TooDeep { path: PathBuf, offset: u64, limit: usize },
+
+    #[error(
+        "{} keeps more than {limit_bytes} bytes outside `raw_data` (reached at byte {offset}); save its weights as `raw_data` or external data",
+        path.display()
+    )]
+    GraphTooLarge { path: PathBuf, offset: u64, limit_bytes: u64 },
+
+    #[error(
+        "{} has no {field}; it is cut short or not a model (a test-data `.pb` file is a tensor): export the model again",
+        path.display()
+    )]
+    Missing { path: PathBuf, field: &'static str },
+
+    #[error(
+        "{} has IR version {found}, supported are {} to {}; re-save it with an onnx package of that range",
+        path.display(), IR_VERSIONS.start(), IR_VERSIONS.end()
+    )]
+    IrVersion { path: PathBuf, found: i64 },
+
+    #[error(
+        "{place} uses opset {found} of ONNX, supported are {} to {}; convert it with `onnx.version_converter.convert_version` or export for an opset of that range",
+        OPSETS.start(), OPSETS.end()
+    )]
+    Opset { place: String, found: i64 },
+
+    #[error(
+        "node `{node}` ({op}) is of domain `{domain}`, for which {place} imports no opset; add it to `opset_import`, or define the function it calls"
+    )]
+    NoOpset { place: String, node: String, op: String, domain: String },
+
+    #[error("{place} defines `{name}` twice: as {first} and as {second}; rename one (every value is defined once)")]
+    DuplicateName { place: String, name: String, first: String, second: String },
+
+    #[error(
+        "node `{node}` ({op}) reads `{value}`, which nothing defines; declare it as an input or initializer of the graph, or fix the name"
+    )]
+    UndefinedValue { node: String, op: String, value: String },
+
+    #[error("{place} lists the output `{value}`, which nothing defines; remove it or fix the name")]
+    UndefinedOutput { place: String, value: String },
+
+    #[error(
+        "the graph is cyclic: {}; break the cycle (a Loop or Scan node carries state over iterations)",
+        cycle(nodes)
+    )]
+    Cycle { nodes: Vec<String> },
+
+    #[error("functions call each other in a cycle: {}; ONNX functions may not be recursive", cycle(functions))]
+    FunctionCycle { functions: Vec<String> },
+
+    #[error("node `{node}` cannot call the function `{function}`: {problem}; fix the call or the function")]
+    FunctionCall { node: String, function: String, problem: String },
+
+    #[error(
+        "functions expand to more than {limit} nodes or {depth_limit} levels at node `{node}`; inline fewer of them"
+    )]
+    ExpansionTooLarge { node: String, limit: usize, depth_limit: usize },
+
+    #[error("attribute `{attribute}` of node `{node}`: {problem}; export the model again")]
+    Attribute { node: String, attribute: String, problem: String },
+
+    #[error("tensor `{tensor}`: {problem}")]
+    Tensor { tensor: String, problem: TensorProblem },
+
+    #[error("external data of tensor `{tensor}` at `{location}`: {problem}")]
+    ExternalData { tensor: String, location: String, problem: ExternalProblem },
+
+    #[error(
+        "the weights of tensor `{tensor}` are in {}, which does not exist; put the file there, or plan without it: `--weights random:SEED`",
+        path.display()
+    )]
+    MissingWeights { tensor: String, path: PathBuf },
+
+    #[error("weights are absent: {} was not there when the model was loaded; put the file there, or use `--weights random:SEED`", path.display())]
+    AbsentFile { path: PathBuf },
+
+    #[error("{} changed since the model was loaded: it had {expected_bytes} bytes, now {found_bytes}; compile again", path.display())]
+    FileChanged { path: PathBuf, expected_bytes: u64, found_bytes: u64 },
+
+    #[error("bytes {offset}..+{length} were asked of weight file {file}, which has {file_bytes} bytes")]
+    OutOfRange { file: u32, offset: u64, length: u64, file_bytes: u64 },
+
+    #[error("{}", unsupported(.0))]
+    Unsupported(Vec<UnsupportedNode>),
+
+    #[error("{}", unbound(.0))]
+    UnboundDims(Vec<UnboundDim>),
+
+    #[error(transparent)]
+    Binding(#[from] BindingError),
+
+    #[error(
+        "a shape at node `{node}` ({op}) depends on the data in input `{input}`; bind it with sample inputs: `--like DIR`"
+    )]
+    DataDependent { node: String, op: String, input: String },
+
+    #[error(
+        "shapes contradict each other at node `{node}` ({op}): {problem}; check the model and the bound dimensions"
+    )]
+    ContradictoryShape { node: String, op: String, problem: String },
+}
+
+/// What is wrong with one tensor.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum TensorProblem {
+    #[error("dimension {axis} is {value}; dimensions count from 0 up, export the model again")]
+    NegativeDim { axis: usize, value: i64 },
+    #[error("the product of its dimensions {dims:?} overflows 64 bits; export the model again")]
+    Overflow { dims: Vec<u64> },
+    #[error(
+        "raw data of the wrong length: {found_bytes} bytes for {dtype}{dims:?}, which takes {expected_bytes}; export the model again"
+    )]
+    RawLength { dtype: &'static str, dims: Vec<u64>, expected_bytes: u64, found_bytes: u64 },
+    #[error("`{field}` holds {found} elements for dimensions {dims:?}, which take {expected}; export the model again")]
+    ElementCount { field: &'static str, dims: Vec<u64>, expected: u64, found: u64 },
+    #[error("element type number {number} is not one of ONNX; export the model again")]
+    UnknownType { number: i32 },
+    #[error("element type {name} is not supported; convert the tensor to a type of 8 to 64 bits")]
+    UnsupportedType { name: &'static str },
+    #[error("`{field}` holds {value}, which does not fit {dtype}; export the model again")]
+    ValueRange { field: &'static str, value: i64, dtype: &'static str },
+    #[error("data is given in more than one field; export the model again")]
+    Ambiguous,
+    #[error("data is in `{field}`, which does not hold {dtype}; export the model again")]
+    WrongField { field: &'static str, dtype: &'static str },
+    #[error("it is stored in segments, which are not supported; save the model with whole tensors")]
+    Segmented,
+    #[error("its data is in another file, which a file with a single tensor cannot name; store the data inside")]
+    ExternalHere,
+    #[error("{problem}, in a sparse tensor; store it dense")]
+    Sparse { problem: String },
+}
+
+/// What is wrong with a reference to external data.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum ExternalProblem {
+    #[error("no location is given; save the model again with `onnx.save(..., save_as_external_data=True)`")]
+    NoLocation,
+    #[error("`{key}` is `{value}`, not a number from 0 up; save the model again")]
+    NotANumber { key: String, value: String },
+    #[error(
+        "the location must be a plain path relative to the model's folder; save the model again with a relative location"
+    )]
+    NotRelative,
+    #[error("it leads outside of {}; move the file there, or allow a wider folder with `--external-data-root DIR`", root.display())]
+    Outside { root: PathBuf },
+    #[error(
+        "the file has {links} hard links, so it may belong to another folder; copy it, or allow its folder with `--external-data-root DIR`"
+    )]
+    HardLinked { links: u64 },
+    #[error("it is not a regular file; put the weights there as a file")]
+    NotAFile,
+    #[error(
+        "bytes {offset} to {offset} + {length} lie past the end of the file ({file_bytes} bytes); the file is cut short or belongs to another model"
+    )]
+    PastEnd { offset: u64, length: u64, file_bytes: u64 },
+}
+
+/// One node that cannot be imported.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UnsupportedNode {
+    pub name: String,
+    pub op: String,
+    /// Empty for ONNX's own.
+    pub domain: String,
+    pub opset: i64,
+    /// What is not supported, or what to use instead.
+    pub hint: String,
+}
+
+/// One symbolic dimension that no flag binds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UnboundDim {
+    /// The model input it belongs to.
+    pub input: String,
+    pub axis: usize,
+    /// `None`: the model gives the axis neither a number nor a name.
+    pub name: Option<String>,
+}
+
+fn cycle(names: &[String]) -> String {
+    let mut text = String::new();
+    for name in names.iter().chain(names.first()) {
+        if !text.is_empty() {
+            text.push_str(" -> ");
+        }
+        text.push('`');
+        text.push_str(name);
+        text.push('`');
+    }
+    text
+}
+
+fn unsupported(nodes: &[UnsupportedNode]) -> String {
+    let mut text = format!("{} node{} cannot be imported:", nodes.len(), if nodes.len() == 1 { "" } else { "s" });
+    for node in nodes {
+        text.push_str(&format!("\n  {node}"));
+    }
+    text.push_str("\nrewrite these parts of the model with supported operators");
+    text
+}
+
+impl fmt::Display for UnsupportedNode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let separator = if self.domain.is_empty() { "" } else { "." };
+        write!(f, "`{}`: {}{separator}{} (opset {}): {}", self.name, self.domain, self.op, self.opset, self.hint)
+    }
+}
+
+fn unbound(dims: &[UnboundDim]) -> String {
+    let mut text = String::from("dimensions of the model's inputs are not bound:");
+    for dim in dims {
+        match &dim.name {
+            Some(name) => {
+                text.push_str(&format!("\n  `{name}` (input `{}`, axis {}): `--dim {name}=N`", dim.input, dim.axis))
+            }
+            None => text.push_str(&format!(
+                "\n  axis {} of input `{}` has no name: `--shape {}=D0,D1,...`",
+                dim.axis, dim.input, dim.input
+            )),
+        }
+    }
+    text.push_str("\nor bind all of them from sample inputs: `--like DIR`");
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_every_unsupported_node() {
+        let node = |name: &str, domain: &str| UnsupportedNode {
+            name: name.into(),
+            op: "Fancy".into(),
+            domain: domain.into(),
+            opset: 17,
+            hint: "no such operator".into(),
+        };
+        let text = OnnxError::Unsupported(vec![node("a", ""), node("b", "com.example")]).to_string();
+        assert!(text.contains("2 nodes") && text.contains("`a`: Fancy (opset 17)"), "{text}");
+        assert!(text.contains("`b`: com.example.Fancy (opset 17)"), "{text}");
+    }
+
+    #[test]
+    fn unbound_dimensions_show_the_flag() {
+        let dims = vec![
+            UnboundDim { input: "x".into(), axis: 0, name: Some("batch".into()) },
+            UnboundDim { input: "y".into(), axis: 1, name: None },
+        ];
+        let text = OnnxError::UnboundDims(dims).to_string();
+        assert!(text.contains("`--dim batch=N`") && text.contains("`--shape y="), "{text}");
+    }
+
+    #[test]
+    fn a_cycle_returns_to_its_first_node() {
+        let error = OnnxError::Cycle { nodes: vec!["a".into(), "b".into()] };
+        assert!(error.to_string().contains("`a` -> `b` -> `a`"), "{error}");
+    }
+}

@@ -1,0 +1,419 @@
+//! From a loaded model to a module: one pass over the nodes, each lowered by its row in [`crate::operators`].
+//!
+//! Shapes are static once the inputs' dimensions are bound. What a shape depends on is computed when a lowering asks for
+//! it; everything else, shape arithmetic included, becomes ordinary nodes for later passes to fold.
+
+use std::collections::HashMap;
+
+use ir::{Entry, Graph, GraphId, Module, Output, Port, ValueDef, ValueId};
+use planfile::SourceFile;
+
+use crate::bindings::{Bindings, bind};
+use crate::build::Builder;
+use crate::context::{Context, OpError};
+use crate::error::{OnnxError, UnsupportedNode};
+use crate::flat::{self, Attribute, Initializer, Node};
+use crate::load::Model;
+use crate::operators::{self, Lower};
+use crate::source_files::WeightFiles;
+
+/// Imports `model` with its input dimensions bound, as a module of one entry and one graph. Weights stay ranges of
+/// their files.
+///
+/// # Errors
+/// When a dimension is not bound or bound in two ways, when nodes are not supported (all are listed), when shapes
+/// contradict each other, or when a shape depends on data that nothing binds.
+pub fn import(model: &Model, bindings: &Bindings, weights: &WeightFiles) -> Result<Module, OnnxError> {
+    let types = bind(&model.graph, bindings)?;
+    let missing = missing_operators(&model.graph);
+    if !missing.is_empty() {
+        return Err(OnnxError::Unsupported(missing));
+    }
+    let name = if model.graph.name.is_empty() { "main" } else { &model.graph.name };
+    let mut inputs = Vec::new();
+    let mut ports = Vec::new();
+    let mut graph = Graph::new("main");
+    let mut import = Import { files: weights, values: HashMap::new(), unsupported: Vec::new(), failure: None };
+    for ((info, ty), number) in model.graph.inputs.iter().zip(types).zip(0u32..) {
+        let value = graph.add_source(ty.clone(), ValueDef::Input(number));
+        import.values.insert(&info.name, Named::Value(value));
+        inputs.push((info.name.clone(), bindings.samples.get(&info.name).cloned()));
+        ports.push(Port { name: info.name.clone(), ty });
+    }
+    let files = model.files.iter().map(|file| SourceFile { name: file.path.clone(), bytes: file.len }).collect();
+    let mut builder = Builder {
+        module: Module { name: name.to_owned(), files, ..Module::default() },
+        graph,
+        absent: model.files.iter().map(|file| file.absent).collect(),
+        random_weights: bindings.random_weights,
+        inputs,
+        ..Builder::default()
+    };
+    import.graph(&mut builder, &model.graph);
+    let mut outputs = Vec::new();
+    for info in &model.graph.outputs {
+        match import.value(&mut builder, &info.name) {
+            Ok(value) => outputs.push((info.name.clone(), value)),
+            Err(NoValue::Failed) => {}
+            Err(NoValue::Undefined) => return Err(undefined_output(&info.name)),
+        }
+    }
+    if !import.unsupported.is_empty() {
+        return Err(OnnxError::Unsupported(import.unsupported));
+    }
+    if let Some(failure) = import.failure {
+        return Err(failure);
+    }
+    Ok(finish(builder, ports, outputs))
+}
+
+/// Puts graph and signature into the module.
+fn finish(builder: Builder, inputs: Vec<Port>, outputs: Vec<(String, ValueId)>) -> Module {
+    let pinned = builder.pinned();
+    let Builder { mut module, mut graph, .. } = builder;
+    graph.outputs = (0..).zip(&outputs).map(|(position, (_, value))| Output { position, value: *value }).collect();
+    let outputs = outputs.into_iter().map(|(name, value)| Port { name, ty: graph.ty(value).clone() }).collect();
+    module.graphs.push(graph);
+    module.entries.push(Entry { name: "main".to_owned(), inputs, outputs, pinned, stages: vec![GraphId(0)] });
+    module
+}
+
+fn undefined_output(name: &str) -> OnnxError {
+    OnnxError::UndefinedOutput { place: "the graph".to_owned(), value: name.to_owned() }
+}
+
+/// What a name of the model stands for.
+#[derive(Clone, Copy)]
+enum Named<'m> {
+    Value(ValueId),
+    /// A constant that nobody has read yet.
+    Initializer(&'m Initializer),
+    /// Result of a node that could not be lowered, or of one that reads such a result.
+    Failed,
+}
+
+/// Why a name has no value.
+enum NoValue {
+    Failed,
+    Undefined,
+}
+
+/// A walk over the nodes of a model.
+struct Import<'m> {
+    files: &'m WeightFiles,
+    /// Looked up, never walked.
+    values: HashMap<&'m str, Named<'m>>,
+    unsupported: Vec<UnsupportedNode>,
+    /// The first fault that is not a lack of support.
+    failure: Option<OnnxError>,
+}
+
+impl<'m> Import<'m> {
+    /// Adds the nodes of a graph, the model's own or the body of a node, in order.
+    fn graph(&mut self, builder: &mut Builder, graph: &'m flat::Graph) {
+        for initializer in &graph.initializers {
+            builder.weight_names.insert(initializer.name.clone());
+            self.values.insert(&initializer.name, Named::Initializer(initializer));
+        }
+        for node in &graph.nodes {
+            let results = self.node(builder, node);
+            for (position, name) in node.outputs.iter().enumerate().filter(|(_, name)| !name.is_empty()) {
+                let result = results.as_ref().and_then(|results| results.get(position));
+                let named = match (result, &results) {
+                    (Some(&value), _) => Named::Value(value),
+                    (None, None) => Named::Failed,
+                    (None, Some(_)) => {
+                        self.fail(node, OpError::Unsupported { hint: format!("output {position} is not supported") });
+                        Named::Failed
+                    }
+                };
+                self.values.insert(name, named);
+            }
+        }
+    }
+
+    /// The value of a name; a weight is added when it is first read.
+    fn value(&mut self, builder: &mut Builder, name: &str) -> Result<ValueId, NoValue> {
+        match self.values.get(name).copied() {
+            Some(Named::Value(value)) => Ok(value),
+            Some(Named::Initializer(initializer)) => {
+                let value = builder.initializer(&initializer.name, &initializer.tensor);
+                self.values.insert(&initializer.name, Named::Value(value));
+                Ok(value)
+            }
+            Some(Named::Failed) => Err(NoValue::Failed),
+            None => Err(NoValue::Undefined),
+        }
+    }
+
+    /// Lowers a node. `None` when it cannot be, or depends on one that cannot.
+    fn node(&mut self, builder: &mut Builder, node: &'m Node) -> Option<Vec<ValueId>> {
+        let mut operands = Vec::with_capacity(node.inputs.len());
+        for name in &node.inputs {
+            if name.is_empty() {
+                operands.push(None);
+                continue;
+            }
+            match self.value(builder, name) {
+                Ok(value) => operands.push(Some(value)),
+                Err(NoValue::Failed) => return None,
+                Err(NoValue::Undefined) => {
+                    self.failure.get_or_insert(OnnxError::UndefinedValue {
+                        node: node.name.clone(),
+                        op: node.op_type.clone(),
+                        value: name.clone(),
+                    });
+                    return None;
+                }
+            }
+        }
+        if is_branch(node) {
+            return self.branch(builder, node, operands);
+        }
+        let lower: Lower = match operators::find(&node.domain, &node.op_type, node.opset) {
+            Ok(lower) => lower,
+            Err(hint) => {
+                self.fail(node, OpError::Unsupported { hint });
+                return None;
+            }
+        };
+        let mut context = Context::new(builder, self.files, node, operands);
+        lower(&mut context).map_err(|error| self.fail(node, error)).ok()
+    }
+
+    /// An `If` whose condition is known: the branch taken, in place.
+    fn branch(
+        &mut self,
+        builder: &mut Builder,
+        node: &'m Node,
+        operands: Vec<Option<ValueId>>,
+    ) -> Option<Vec<ValueId>> {
+        let mut context = Context::new(builder, self.files, node, operands);
+        let condition = context.operand(0).and_then(|value| context.constant_i64(value));
+        let taken = condition.map_err(|error| match error {
+            OpError::DataDependent { input } => {
+                let hint =
+                    format!("its condition depends on the data in input `{input}`; only a constant one is supported");
+                OpError::Unsupported { hint }
+            }
+            other => other,
+        });
+        let name = match taken {
+            Ok(0) => "else_branch",
+            Ok(_) => "then_branch",
+            Err(error) => {
+                self.fail(node, error);
+                return None;
+            }
+        };
+        let Some(Attribute::Graph(body)) = node.attributes.get(name) else {
+            self.fail(node, OpError::Invalid { why: format!("attribute `{name}` is missing") });
+            return None;
+        };
+        self.graph(builder, body);
+        let mut results = Vec::new();
+        for output in &body.outputs {
+            match self.value(builder, &output.name) {
+                Ok(value) => results.push(value),
+                Err(NoValue::Failed) => return None,
+                Err(NoValue::Undefined) => {
+                    self.failure.get_or_insert(undefined_output(&output.name));
+                    return None;
+                }
+            }
+        }
+        Some(results)
+    }
+
+    fn fail(&mut self, node: &Node, error: OpError) {
+        let (name, op) = (node.name.clone(), node.op_type.clone());
+        let failure = match error {
+            OpError::Unsupported { hint } => {
+                let (domain, opset) = (node.domain.clone(), node.opset);
+                self.unsupported.push(UnsupportedNode { name, op, domain, opset, hint });
+                return;
+            }
+            OpError::Invalid { why } => OnnxError::ContradictoryShape { node: name, op, problem: why },
+            OpError::DataDependent { input } => OnnxError::DataDependent { node: name, op, input },
+            OpError::Read(error) => *error,
+        };
+        self.failure.get_or_insert(failure);
+    }
+}
+
+/// Whether the node is ONNX's `If`, which this file handles itself because its bodies read names of the graph around.
+fn is_branch(node: &Node) -> bool {
+    node.domain.is_empty() && node.op_type == "If"
+}
+
+/// All nodes whose operator is not in the table, bodies of `If` included.
+fn missing_operators(graph: &flat::Graph) -> Vec<UnsupportedNode> {
+    let mut missing = Vec::new();
+    let mut graphs = vec![graph];
+    while let Some(graph) = graphs.pop() {
+        for node in &graph.nodes {
+            if is_branch(node) {
+                graphs.extend(node.attributes.values().filter_map(|attribute| match attribute {
+                    Attribute::Graph(body) => Some(&**body),
+                    _ => None,
+                }));
+            } else if let Err(hint) = operators::find(&node.domain, &node.op_type, node.opset) {
+                missing.push(UnsupportedNode {
+                    name: node.name.clone(),
+                    op: node.op_type.clone(),
+                    domain: node.domain.clone(),
+                    opset: node.opset,
+                    hint,
+                });
+            }
+        }
+    }
+    missing
+}
+
+#[cfg(test)]
+mod tests {
+    use planfile::Source;
+
+    use super::*;
+    use crate::flat::ValueInfo;
+    use crate::harness::{Case, assert_close, bools, elem_type, info, node, run, stored, tensor};
+    use crate::tensor_data::{ElemType, Tensor, TensorSource};
+
+    /// A model of `nodes` with the input `x0: f32[2]` and the output `y`.
+    fn case(nodes: Vec<Node>) -> Case {
+        let mut case = Case::new("Identity", 20).input(tensor(&[2], &[1f32, -2.0]));
+        case.graph.nodes = nodes;
+        case.graph.outputs = vec![output("y")];
+        case
+    }
+
+    fn output(name: &str) -> ValueInfo {
+        info(name, ElemType::UNDEFINED, None)
+    }
+
+    #[test]
+    fn all_unsupported_nodes_are_listed_at_once() {
+        let nodes = vec![node("Fancy", 20, &["x0"], &["a"]), node("Fancier", 20, &["a"], &["y"])];
+        let text = case(nodes).error();
+        assert!(text.contains("`/Fancy`: Fancy (opset 20)") && text.contains("`/Fancier`"), "{text}");
+        let old = case(vec![node("Gelu", 19, &["x0"], &["y"])]).error();
+        assert!(old.contains("from opset 20 on"), "{old}");
+    }
+
+    #[test]
+    fn unsupported_forms_are_listed_too_and_what_follows_is_skipped() {
+        let cast = |name: &str, input: &str, output: &str| {
+            let mut node = node("Cast", 20, &[input], &[output]);
+            node.name = name.to_owned();
+            node.attributes.insert("to".to_owned(), Attribute::Int(8));
+            node
+        };
+        let nodes = vec![
+            cast("first", "x0", "a"),
+            node("Add", 20, &["a", "x0"], &["b"]),
+            cast("second", "x0", "c"),
+            node("Add", 20, &["b", "c"], &["y"]),
+        ];
+        let OnnxError::Unsupported(found) = case(nodes).import().unwrap_err() else { panic!("another error") };
+        let names: Vec<&str> = found.iter().map(|node| node.name.as_str()).collect();
+        assert_eq!(names, ["first", "second"]);
+    }
+
+    #[test]
+    fn contradicting_shapes_name_the_node() {
+        let mut case = case(vec![node("Add", 20, &["x0", "w"], &["y"])]);
+        case.graph.initializers.push(Initializer { name: "w".to_owned(), tensor: stored(&tensor(&[3], &[0f32; 3])) });
+        let text = case.error();
+        assert!(text.contains("node `/Add` (Add)") && text.contains("f32[2] and f32[3]"), "{text}");
+    }
+
+    #[test]
+    fn undefined_names_are_reported() {
+        let text = case(vec![node("Add", 20, &["x0", "w"], &["y"])]).error();
+        assert!(text.contains("reads `w`, which nothing defines"), "{text}");
+        let text = case(vec![node("Neg", 20, &["x0"], &["z"])]).error();
+        assert!(text.contains("output `y`, which nothing defines"), "{text}");
+    }
+
+    #[test]
+    fn an_input_or_a_weight_may_be_an_output() {
+        let mut case = case(vec![]);
+        case.graph.outputs = vec![output("x0"), output("w")];
+        case.graph.initializers.push(Initializer { name: "w".to_owned(), tensor: stored(&tensor(&[1], &[7f32])) });
+        let module = case.import().unwrap();
+        let names: Vec<&str> = module.entries[0].outputs.iter().map(|port| port.name.as_str()).collect();
+        assert_eq!(names, ["x0", "w"]);
+        assert_eq!(case.run(), [tensor(&[2], &[1f32, -2.0]), tensor(&[1], &[7f32])]);
+    }
+
+    #[test]
+    fn weights_are_added_once_and_only_when_read() {
+        let nodes = vec![node("Add", 20, &["x0", "w"], &["a"]), node("Mul", 20, &["a", "w"], &["y"])];
+        let mut case = case(nodes);
+        for name in ["unread", "w"] {
+            let tensor = stored(&tensor(&[2], &[1f32, 2.0]));
+            case.graph.initializers.push(Initializer { name: name.to_owned(), tensor });
+        }
+        let module = case.import().unwrap();
+        assert_eq!(module.weights.iter().map(|weight| weight.name.as_str()).collect::<Vec<_>>(), ["w"]);
+        assert_close(&case.one(), &[2], &[2.0, 0.0]);
+    }
+
+    #[test]
+    fn made_up_names_avoid_those_of_the_model() {
+        let mut case = case(vec![node("Shape", 20, &["x0"], &["s"]), node("Add", 20, &["s", "const_0"], &["y"])]);
+        let tensor = stored(&tensor(&[1], &[1i64]));
+        case.graph.initializers.push(Initializer { name: "const_0".to_owned(), tensor });
+        let module = case.import().unwrap();
+        assert_eq!(
+            module.weights.iter().map(|weight| weight.name.as_str()).collect::<Vec<_>>(),
+            ["const_1", "const_0"]
+        );
+    }
+
+    #[test]
+    fn absent_weights_become_seeded_noise_on_request() {
+        let file = TensorSource::FileRange { file: crate::source_files::FileIndex(0), offset: 0, length: 8 };
+        let weight = Tensor { dtype: planfile::DType::F32, dims: vec![2], source: file };
+        let source = |absent, random_weights, name| {
+            let mut builder = Builder { absent: vec![absent], random_weights, ..Builder::default() };
+            builder.initializer(name, &weight);
+            builder.module.weights[0].recipe.inputs[0].source.clone()
+        };
+        assert_eq!(source(false, Some(1), "w"), Source::File { file: 0, offset: 0 });
+        assert_eq!(source(true, None, "w"), Source::File { file: 0, offset: 0 });
+        let noise = source(true, Some(1), "w");
+        assert!(matches!(noise, Source::Random { .. }));
+        assert_ne!(noise, source(true, Some(2), "w"));
+        assert_ne!(noise, source(true, Some(1), "v"));
+    }
+
+    #[test]
+    fn a_known_condition_takes_its_branch() {
+        let body = |op: &str| {
+            let mut graph = flat::Graph { outputs: vec![output(op)], ..flat::Graph::default() };
+            graph.nodes.push(node(op, 20, &["x0"], &[op]));
+            Attribute::Graph(Box::new(graph))
+        };
+        let branch = |condition: &str| {
+            let mut node = node("If", 20, &[condition], &["y"]);
+            node.attributes.insert("then_branch".to_owned(), body("Neg"));
+            node.attributes.insert("else_branch".to_owned(), body("Abs"));
+            let mut case = case(vec![node]);
+            for (name, value) in [("yes", true), ("no", false)] {
+                let tensor = stored(&bools(&[], &[value]));
+                case.graph.initializers.push(Initializer { name: name.to_owned(), tensor });
+            }
+            let given = bools(&[], &[true]);
+            case.graph.inputs.push(info("given", elem_type(&given), Some(vec![])));
+            case
+        };
+        for (condition, expected) in [("yes", [-1.0, 2.0]), ("no", [1.0, 2.0])] {
+            let data = [tensor(&[2], &[1f32, -2.0]), bools(&[], &[true])];
+            assert_close(&run(&branch(condition).import().unwrap(), &data)[0], &[2], &expected);
+        }
+        let text = branch("given").error();
+        assert!(text.contains("If (opset 20)") && text.contains("input `given`"), "{text}");
+    }
+}

@@ -1,0 +1,131 @@
+//! The table of ONNX operators that can be imported, a family per file.
+//!
+//! A family lists its operators as rows: name, lowest opset, lowering. To add an operator: one function, one row and
+//! one test in the file of its family.
+
+mod activation;
+mod arithmetic;
+mod attention;
+mod cast;
+mod comparison;
+mod constant;
+mod convolution;
+mod cumulative;
+mod einsum;
+mod elementwise;
+mod gathering;
+mod logic;
+mod matmul;
+mod movement;
+mod normalization;
+mod pooling;
+mod quantization;
+mod reduction;
+mod reshape;
+mod resize;
+mod scatter;
+mod shape;
+mod slicing;
+mod softmax;
+mod sorting;
+
+use ir::ValueId;
+
+use crate::context::{Context, OpError};
+
+/// Adds the primitives that compute one node. Gives one value per output of the ONNX operator, in order; optional
+/// outputs at the end may be left off.
+pub(crate) type Lower = fn(&mut Context<'_>) -> Result<Vec<ValueId>, OpError>;
+
+/// A row of the table.
+#[derive(Clone, Copy)]
+pub(crate) struct Operator {
+    pub(crate) name: &'static str,
+    /// Lowest version of the domain that has this form of the operator; it holds until a row with a higher one.
+    pub(crate) since: i64,
+    pub(crate) lower: Lower,
+}
+
+/// A row: name, lowest opset, lowering.
+const fn row(name: &'static str, since: i64, lower: Lower) -> Operator {
+    Operator { name, since, lower }
+}
+
+/// ONNX's own operators.
+const FAMILIES: &[&[Operator]] = &[
+    activation::OPERATORS,
+    arithmetic::OPERATORS,
+    attention::OPERATORS,
+    cast::OPERATORS,
+    comparison::OPERATORS,
+    constant::OPERATORS,
+    convolution::OPERATORS,
+    cumulative::OPERATORS,
+    einsum::OPERATORS,
+    elementwise::OPERATORS,
+    gathering::OPERATORS,
+    logic::OPERATORS,
+    matmul::OPERATORS,
+    movement::OPERATORS,
+    normalization::OPERATORS,
+    pooling::OPERATORS,
+    quantization::OPERATORS,
+    reduction::OPERATORS,
+    reshape::OPERATORS,
+    resize::OPERATORS,
+    scatter::OPERATORS,
+    shape::OPERATORS,
+    slicing::OPERATORS,
+    softmax::OPERATORS,
+    sorting::OPERATORS,
+];
+
+/// Families by domain.
+const DOMAINS: &[(&str, &[&[Operator]])] = &[("", FAMILIES)];
+
+/// The operator's lowering in force at `opset`.
+///
+/// # Errors
+/// What to tell the user when there is none.
+pub(crate) fn find(domain: &str, name: &str, opset: i64) -> Result<Lower, String> {
+    let families = DOMAINS.iter().filter(|(known, _)| *known == domain).flat_map(|(_, families)| families.iter());
+    let rows: Vec<Operator> =
+        families.flat_map(|family| family.iter()).filter(|row| row.name == name).copied().collect();
+    if let Some(row) = rows.iter().filter(|row| row.since <= opset).max_by_key(|row| row.since) {
+        return Ok(row.lower);
+    }
+    match rows.iter().map(|row| row.since).min() {
+        Some(since) => Err(format!("the operator is supported from opset {since} on")),
+        None => Err("no such operator is supported".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_row_is_listed_twice() {
+        for (domain, families) in DOMAINS {
+            let mut rows: Vec<(&str, i64)> =
+                families.iter().copied().flatten().map(|row| (row.name, row.since)).collect();
+            let count = rows.len();
+            rows.sort_unstable();
+            rows.dedup();
+            assert_eq!(rows.len(), count, "domain `{domain}`");
+        }
+    }
+
+    #[test]
+    fn the_latest_row_up_to_the_opset_holds() {
+        let row = |since| {
+            let rows = FAMILIES.iter().copied().flatten();
+            rows.copied().find(|row| row.name == "Slice" && row.since == since).unwrap().lower
+        };
+        assert!(std::ptr::fn_addr_eq(find("", "Slice", 9).unwrap(), row(1)));
+        assert!(std::ptr::fn_addr_eq(find("", "Slice", 10).unwrap(), row(10)));
+        assert!(std::ptr::fn_addr_eq(find("", "Slice", 23).unwrap(), row(10)));
+        assert!(find("", "Trilu", 13).unwrap_err().contains("opset 14"));
+        assert!(find("com.example", "Slice", 13).is_err());
+    }
+}

@@ -1,0 +1,80 @@
+//! Elements picked by computed positions.
+
+use ir::ValueId;
+use planfile::{DType, Op};
+
+use super::{Operator, row};
+use crate::context::{Context, OpError};
+
+#[rustfmt::skip]
+pub(super) const OPERATORS: &[Operator] = &[
+    row("Gather",         1,  gather),
+    row("GatherElements", 11, gather_elements),
+    row("GatherND",       11, gather_nd),
+];
+
+fn gather(ctx: &mut Context<'_>) -> Result<Vec<ValueId>, OpError> {
+    let (x, indices) = (ctx.operand(0)?, indices(ctx)?);
+    let axis = ctx.axis(ctx.int("axis", 0)?, ctx.rank(x))?;
+    Ok(vec![ctx.emit(Op::Gather { axis }, &[x, indices])?])
+}
+
+fn gather_elements(ctx: &mut Context<'_>) -> Result<Vec<ValueId>, OpError> {
+    let (x, indices) = (ctx.operand(0)?, indices(ctx)?);
+    let axis = ctx.axis(ctx.int("axis", 0)?, ctx.rank(x))?;
+    Ok(vec![ctx.emit(Op::GatherElements { axis }, &[x, indices])?])
+}
+
+fn gather_nd(ctx: &mut Context<'_>) -> Result<Vec<ValueId>, OpError> {
+    let (x, indices) = (ctx.operand(0)?, indices(ctx)?);
+    let batch = ctx.int("batch_dims", 0)?;
+    let batch = u8::try_from(batch).map_err(|_| ctx.invalid(&format!("attribute `batch_dims` is {batch}")))?;
+    Ok(vec![ctx.emit(Op::GatherNd { batch }, &[x, indices])?])
+}
+
+/// Indices of the types that ONNX allows are taken as they are; other integers, which some exporters write, are widened.
+fn indices(ctx: &mut Context<'_>) -> Result<ValueId, OpError> {
+    let indices = ctx.operand(1)?;
+    match ctx.dtype(indices) {
+        DType::I32 | DType::I64 => Ok(indices),
+        other if other.is_integer() => ctx.cast(indices, DType::I64),
+        other => Err(ctx.invalid(&format!("indices are {other}, expected i32 or i64"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::harness::{Case, tensor};
+
+    fn x() -> planfile::Tensor {
+        tensor(&[2, 3], &[0f32, 1., 2., 3., 4., 5.])
+    }
+
+    #[test]
+    fn gathers_rows_and_columns() {
+        let rows = Case::new("Gather", 13).input(x()).input(tensor(&[1, 2], &[1i64, -2]));
+        assert_eq!(rows.one(), tensor(&[1, 2, 3], &[3f32, 4., 5., 0., 1., 2.]));
+        let column = Case::new("Gather", 13).input(x()).constant(tensor(&[], &[2i32])).int("axis", -1);
+        assert_eq!(column.one(), tensor(&[2], &[2f32, 5.]));
+        let widened = Case::new("Gather", 13).input(x()).input(tensor(&[1], &[1u8]));
+        assert_eq!(widened.one(), tensor(&[1, 3], &[3f32, 4., 5.]));
+        let floats = Case::new("Gather", 13).input(x()).input(tensor(&[1], &[1f32]));
+        assert!(floats.error().contains("indices are f32"));
+    }
+
+    #[test]
+    fn gathers_elements() {
+        let case = Case::new("GatherElements", 13).input(x()).input(tensor(&[2, 1], &[2i64, 0])).int("axis", 1);
+        assert_eq!(case.one(), tensor(&[2, 1], &[2f32, 3.]));
+    }
+
+    #[test]
+    fn gathers_by_coordinates() {
+        let case = Case::new("GatherND", 12).input(x()).input(tensor(&[2, 2], &[0i64, 1, 1, 2]));
+        assert_eq!(case.one(), tensor(&[2], &[1f32, 5.]));
+        let batched = Case::new("GatherND", 12).input(x()).input(tensor(&[2, 1], &[2i64, 0])).int("batch_dims", 1);
+        assert_eq!(batched.one(), tensor(&[2], &[2f32, 3.]));
+        let wrong = Case::new("GatherND", 12).input(x()).input(tensor(&[2, 1], &[2i64, 0])).int("batch_dims", -1);
+        assert!(wrong.error().contains("batch_dims"));
+    }
+}

@@ -1,0 +1,106 @@
+//! Predicted times: measured where the target has a measurement, the roofline of its device elsewhere.
+
+use ir::{Graph, Node, ValueId};
+use kernels::work;
+use planfile::plan::StepCost;
+use planfile::target::CollectiveTiming;
+use planfile::{DType, Op, Target, TensorType};
+
+/// Cost of a node on one rank, at the sizes that its graph says.
+pub fn node(graph: &Graph, node: &Node, target: &Target) -> StepCost {
+    let types = |values: &[ValueId]| values.iter().map(|&value| graph.ty(value)).collect::<Vec<_>>();
+    op(&node.op, &types(&node.operands), &types(&node.results), target)
+}
+
+/// Cost of an operation on operands and results of these types.
+pub fn op(op: &Op, operands: &[&TensorType], results: &[&TensorType], target: &Target) -> StepCost {
+    let work = work(op, operands, results);
+    let bytes = |types: &[&TensorType]| types.iter().filter_map(|ty| ty.bytes()).sum::<u64>();
+    let predicted = if op.is_collective() {
+        collective_ns(op, bytes(operands).max(bytes(results)), target)
+    } else {
+        let dtype = operands.first().map_or(DType::F32, |operand| operand.dtype);
+        let matrix = matches!(op, Op::Dot { .. } | Op::Conv { .. } | Op::Attention { .. });
+        let rate = operations_per_second(target, dtype, matrix);
+        let compute = work.operations as f64 / rate;
+        let memory = work.memory_bytes as f64 / target.device.memory_bytes_per_second;
+        compute.max(memory).mul_add(1e9, target.device.launch_ns)
+    };
+    StepCost {
+        predicted_ns: predicted.round() as u64,
+        operations: work.operations,
+        memory_bytes: work.memory_bytes,
+        link_bytes: work.link_bytes,
+    }
+}
+
+/// Operations a second on this element type; `matrix` for products, which may have units of their own.
+fn operations_per_second(target: &Target, dtype: DType, matrix: bool) -> f64 {
+    let device = &target.device;
+    let listed = device.matrix_operations_per_second.iter().find(|rate| matrix && rate.0 == dtype);
+    listed.map_or(device.vector_operations_per_second, |rate| rate.1)
+}
+
+/// Time of a collective that moves tensors of `bytes` on each rank.
+fn collective_ns(op: &Op, bytes: u64, target: &Target) -> f64 {
+    let ranks = match op {
+        Op::AllReduce { groups, .. }
+        | Op::AllGather { groups, .. }
+        | Op::ReduceScatter { groups, .. }
+        | Op::AllToAll { groups, .. } => groups.first().map_or(1, Vec::len) as u32,
+        _ => 2,
+    };
+    if ranks < 2 {
+        return target.device.launch_ns;
+    }
+    let measured = |timing: &&CollectiveTiming| timing.collective == op.name() && timing.ranks == ranks;
+    let mut points: Vec<(u64, f64)> =
+        target.collectives.iter().filter(measured).map(|timing| (timing.bytes, timing.ns)).collect();
+    points.sort_by(|a, b| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1)));
+    points.dedup_by_key(|point| point.0);
+    interpolate(&points, bytes).unwrap_or_else(|| modelled_ns(op, bytes, ranks, target))
+}
+
+/// Between the two nearest measured sizes in proportion; below the smallest its time, above the largest its rate.
+fn interpolate(points: &[(u64, f64)], bytes: u64) -> Option<f64> {
+    let (first, last) = (points.first()?, points.last()?);
+    if bytes <= first.0 {
+        return Some(first.1);
+    }
+    if bytes >= last.0 {
+        return Some(last.1 * bytes as f64 / last.0 as f64);
+    }
+    let upper = points.iter().position(|point| point.0 >= bytes)?;
+    let (a, b) = (points[upper - 1], points[upper]);
+    let share = (bytes - a.0) as f64 / (b.0 - a.0) as f64;
+    Some(share.mul_add(b.1 - a.1, a.1))
+}
+
+/// Ring algorithms over the slowest link: bytes that each rank sends, and a latency per step.
+fn modelled_ns(op: &Op, bytes: u64, ranks: u32, target: &Target) -> f64 {
+    let slowest = target.links.iter().min_by(|a, b| a.bytes_per_second.total_cmp(&b.bytes_per_second));
+    let Some(link) = slowest else { return target.device.launch_ns };
+    let (ranks, bytes) = (f64::from(ranks), bytes as f64);
+    let (sent, steps) = match op {
+        Op::AllReduce { .. } => (2.0 * bytes * (ranks - 1.0) / ranks, 2.0 * (ranks - 1.0)),
+        Op::AllGather { .. } | Op::ReduceScatter { .. } | Op::AllToAll { .. } => {
+            (bytes * (ranks - 1.0) / ranks, ranks - 1.0)
+        }
+        _ => (bytes, 1.0),
+    };
+    (sent / link.bytes_per_second).mul_add(1e9, steps.mul_add(link.latency_ns, target.device.launch_ns))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn collectives_interpolate_between_measured_sizes() {
+        let points = [(1000, 10.0), (3000, 30.0)];
+        assert_eq!(interpolate(&points, 500), Some(10.0));
+        assert_eq!(interpolate(&points, 2000), Some(20.0));
+        assert_eq!(interpolate(&points, 6000), Some(60.0));
+        assert_eq!(interpolate(&[], 1), None);
+    }
+}

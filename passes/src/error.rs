@@ -1,0 +1,31 @@
+//! Errors of the pipeline.
+
+use cpu::recipe::RecipeError;
+use ir::IrError;
+use thiserror::Error;
+
+/// Why a module was not compiled, and whose fault it is.
+#[derive(Debug, Error)]
+pub enum PassError {
+    /// A pass did something wrong. Never the user's fault.
+    #[error("internal error in pass `{pass}`: {why}; please report this with the model")]
+    Invalid { pass: &'static str, why: String },
+    /// The model needs something that is not there yet.
+    #[error("{op} (from `{node}`) is not supported: {hint}")]
+    Unsupported { node: String, op: String, hint: String },
+    /// The verifier refused what came in; errors after a pass are [`Self::Invalid`].
+    #[error(transparent)]
+    Ir(#[from] IrError),
+    #[error("there is no pass `{name}`; passes are {known}")]
+    UnknownPass { name: String, known: String },
+    /// A weight could not be read or made.
+    #[error("weight `{weight}`: {source}")]
+    Weights { weight: String, source: RecipeError },
+}
+
+impl PassError {
+    /// A broken invariant, noticed in `pass`.
+    pub fn invalid(pass: &'static str, why: impl std::fmt::Display) -> Self {
+        Self::Invalid { pass, why: why.to_string() }
+    }
+}

@@ -1,0 +1,11 @@
+//! The pipeline from a module to a plan.
+
+pub mod compile;
+pub mod cost;
+pub mod error;
+pub mod image;
+pub mod lower;
+pub mod pipeline;
+pub mod schedule;
+pub mod shard;
+pub mod simplify;

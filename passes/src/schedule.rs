@@ -1,0 +1,180 @@
+//! Order of steps and offsets in memory.
+//!
+//! Nodes keep their order, on one stream. Every value gets an offset in the rank's arena; a value's bytes are used
+//! again once its last reader has run. Reshapes take no step: their result is their operand under another type.
+
+use std::collections::BTreeMap;
+
+use ir::{Graph, Module, Node, ValueDef, ValueId};
+use planfile::Op;
+
+use crate::error::PassError;
+
+/// A sharded module whose graphs have memory.
+#[derive(Clone, Debug)]
+pub struct Scheduled {
+    pub module: Module,
+    /// For each graph of the module.
+    pub schedules: Vec<Schedule>,
+}
+
+/// Memory and steps of one graph.
+#[derive(Clone, Debug)]
+pub struct Schedule {
+    /// For each value of the graph: the value whose memory it shares, itself unless a reshape made it.
+    pub root: Vec<ValueId>,
+    /// Offsets of roots that live in the arena; weights and states have none.
+    pub offsets: BTreeMap<ValueId, u64>,
+    /// Outputs that are copied because their memory is not the graph's to give away, and the copies' offsets.
+    pub copies: BTreeMap<ValueId, u64>,
+    pub arena_bytes: u64,
+}
+
+/// Offsets are multiples of this, which suits every vector load and bulk copy.
+pub const ALIGN: u64 = 256;
+
+/// Whether the node is only another view of its operand.
+pub fn is_view(node: &Node) -> bool {
+    matches!(node.op, Op::Reshape { .. })
+}
+
+/// Gives every graph of the module memory.
+///
+/// # Errors
+/// [`PassError::Unsupported`] where an arena would exceed 2⁶³ bytes.
+pub fn run(module: Module) -> Result<Scheduled, PassError> {
+    let schedules = module.graphs.iter().map(schedule).collect::<Option<_>>();
+    let schedules = schedules.ok_or_else(|| PassError::Unsupported {
+        node: module.name.clone(),
+        op: "an arena of more than 2^63 bytes".to_owned(),
+        hint: "compile for smaller dimensions".to_owned(),
+    })?;
+    Ok(Scheduled { module, schedules })
+}
+
+fn schedule(graph: &Graph) -> Option<Schedule> {
+    let mut root: Vec<ValueId> = (0..graph.values.len() as u32).map(ValueId).collect();
+    for node in graph.nodes.iter().filter(|node| is_view(node)) {
+        root[node.results[0].index()] = root[node.operands[0].index()];
+    }
+    let in_arena = |value: ValueId| matches!(graph.value(value).def, ValueDef::Input(_) | ValueDef::Node(..));
+    let from_node = |value: ValueId| matches!(graph.value(value).def, ValueDef::Node(..));
+    // The last node that reads each root; outputs are read after all of them.
+    let mut last_use = vec![0; graph.values.len()];
+    for (index, node) in graph.nodes.iter().enumerate() {
+        for &value in node.operands.iter().chain(&node.results) {
+            last_use[root[value.index()].index()] = index;
+        }
+    }
+    let mut copied = Vec::new();
+    for output in &graph.outputs {
+        let source = root[output.value.index()];
+        last_use[source.index()] = graph.nodes.len();
+        if !from_node(source) && !copied.contains(&output.value) {
+            copied.push(output.value);
+        }
+    }
+    let mut expiring: Vec<Vec<ValueId>> = vec![Vec::new(); graph.nodes.len() + 1];
+    for (index, &last) in last_use.iter().enumerate() {
+        expiring[last].push(ValueId(index as u32));
+    }
+    let mut arena = Arena::default();
+    let mut offsets = BTreeMap::new();
+    let inputs = (0..graph.values.len() as u32).map(ValueId);
+    for input in inputs.filter(|&value| matches!(graph.value(value).def, ValueDef::Input(_))) {
+        offsets.insert(input, arena.take(graph.ty(input).bytes()?)?);
+    }
+    for (index, node) in graph.nodes.iter().enumerate() {
+        if !is_view(node) {
+            for &result in &node.results {
+                offsets.insert(result, arena.take(graph.ty(result).bytes()?)?);
+            }
+        }
+        for &value in &expiring[index] {
+            // Inputs that no node reads expire with the first node, like those it reads last.
+            if root[value.index()] == value
+                && in_arena(value)
+                && let Some(&offset) = offsets.get(&value)
+            {
+                arena.give(offset, graph.ty(value).bytes()?);
+            }
+        }
+    }
+    let mut copies = BTreeMap::new();
+    for value in copied {
+        copies.insert(value, arena.take(graph.ty(value).bytes()?)?);
+    }
+    Some(Schedule { root, offsets, copies, arena_bytes: arena.top })
+}
+
+/// Free memory by offset, and how far the arena reaches.
+#[derive(Debug, Default)]
+struct Arena {
+    free: BTreeMap<u64, u64>,
+    top: u64,
+}
+
+impl Arena {
+    /// The smallest gap that fits, or new memory at the end. `None` on overflow.
+    fn take(&mut self, bytes: u64) -> Option<u64> {
+        let bytes = bytes.max(1).checked_next_multiple_of(ALIGN)?;
+        let fitting = self.free.iter().filter(|(_, size)| **size >= bytes);
+        if let Some((&offset, &size)) = fitting.min_by_key(|(offset, size)| (**size, **offset)) {
+            self.free.remove(&offset);
+            if size > bytes {
+                self.free.insert(offset + bytes, size - bytes);
+            }
+            return Some(offset);
+        }
+        // A gap at the end grows.
+        let start = self
+            .free
+            .last_key_value()
+            .filter(|(offset, size)| **offset + **size == self.top)
+            .map(|(offset, _)| *offset);
+        let offset = start.unwrap_or(self.top);
+        self.free.remove(&offset);
+        self.top = offset.checked_add(bytes).filter(|top| *top <= i64::MAX as u64)?;
+        Some(offset)
+    }
+
+    /// Returns memory that [`Self::take`] gave for so many bytes.
+    fn give(&mut self, offset: u64, bytes: u64) {
+        let (mut start, mut end) = (offset, offset + bytes.max(1).next_multiple_of(ALIGN));
+        if let Some((&before, &size)) = self.free.range(..start).next_back()
+            && before + size == start
+        {
+            self.free.remove(&before);
+            start = before;
+        }
+        if let Some(size) = self.free.remove(&end) {
+            end += size;
+        }
+        self.free.insert(start, end - start);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_used_again_and_gaps_merge() {
+        let mut arena = Arena::default();
+        let [a, b, c] = [256, 512, 256].map(|bytes| arena.take(bytes).unwrap());
+        assert_eq!([a, b, c], [0, 256, 768]);
+        arena.give(a, 256);
+        arena.give(b, 512);
+        assert_eq!(arena.take(700).unwrap(), 0);
+        assert_eq!(arena.top, 1024);
+    }
+
+    #[test]
+    fn a_gap_at_the_end_grows() {
+        let mut arena = Arena::default();
+        let a = arena.take(100).unwrap();
+        arena.give(a, 100);
+        assert_eq!(arena.take(1000).unwrap(), 0);
+        assert_eq!(arena.top, 1024);
+    }
+}

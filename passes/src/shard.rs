@@ -1,0 +1,188 @@
+//! Places tensors on a mesh of devices and inserts the collectives between placements.
+//!
+//! before  %h: f32[8, 256] = dot %x, %w1          after  %h: f32[8, 64] of [8, 256] split(1: tensor) = dot %x, %w1
+//!         %y: f32[8, 64] = dot %h, %w2                  %p: f32[8, 64] partial(sum: tensor) = dot %h, %w2
+//!                                                       %y: f32[8, 64] = all_reduce %p
+//!
+//! Each rank runs the same graph at its local sizes. Inputs with a batch dimension are split over the axis `data`;
+//! products with weights alternate columns and rows over the axis `tensor`; the graph is cut in stages over `pipe`.
+
+mod decide;
+mod factors;
+mod hints;
+mod reshape;
+mod reshard;
+mod walk;
+
+use ir::{Graph, Mesh, MeshAxis, Module, Placement, Split, SubAxes};
+use planfile::{Dim, Target};
+
+use crate::cost;
+use crate::error::PassError;
+use crate::pipeline::Settings;
+use decide::Policy;
+use walk::{AddedWeights, Walk, single};
+
+/// What the user chose about sharding.
+#[derive(Clone, Debug)]
+pub struct ShardOptions {
+    pub mesh: MeshChoice,
+    /// Look-up tables (embeddings) of at least this many bytes are split by rows over the tensor axis.
+    pub split_table_bytes: u64,
+}
+
+/// Which mesh to place tensors on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum MeshChoice {
+    Fixed(Mesh),
+    /// The one of so many devices that is predicted to be fastest.
+    Devices(u32),
+}
+
+/// A table this large is worth an all-reduce of what was looked up.
+pub const SPLIT_TABLE_BYTES: u64 = 64 << 20;
+
+/// Axes that a mesh may have.
+pub const AXES: [&str; 3] = ["data", "pipe", "tensor"];
+
+/// Reads `data=2,tensor=4`. Axes are ordered data, pipe, tensor, so that tensor neighbours are adjacent ranks.
+///
+/// # Errors
+/// A sentence that names the part at fault and what is expected.
+pub fn parse_mesh(text: &str) -> Result<Mesh, String> {
+    let mut sizes = [None; AXES.len()];
+    for part in text.split(',') {
+        let (name, size) = part.split_once('=').ok_or_else(|| format!("`{part}`: expected AXIS=SIZE"))?;
+        let axis = AXES.iter().position(|axis| *axis == name.trim());
+        let axis = axis.ok_or_else(|| format!("`{name}` is no axis; there are {}", AXES.join(", ")))?;
+        let size: u32 = size.trim().parse().map_err(|_| format!("`{size}` is no number of devices"))?;
+        if size == 0 || size > MAX_RANKS || sizes[axis].replace(size).is_some() {
+            return Err(format!("`{part}`: sizes are 1 to {MAX_RANKS}, each axis once"));
+        }
+    }
+    mesh_of(sizes.map(|size| size.unwrap_or(1))).ok_or_else(|| format!("`{text}` has more than {MAX_RANKS} devices"))
+}
+
+/// Most devices of a mesh.
+pub const MAX_RANKS: u32 = 1024;
+
+/// A mesh of the given data, pipe and tensor sizes; `None` beyond [`MAX_RANKS`].
+pub fn mesh_of(sizes: [u32; 3]) -> Option<Mesh> {
+    let ranks = sizes.iter().try_fold(1u32, |ranks, &size| ranks.checked_mul(size))?;
+    let axes = AXES.iter().zip(sizes).map(|(name, size)| MeshAxis::new(name, size));
+    (ranks > 0 && ranks <= MAX_RANKS).then(|| Mesh { axes: axes.filter(|axis| axis.size() > 1).collect() })
+}
+
+/// Meshes worth trying for so many devices: every divisor as data axis that the batch can fill, the rest tensor.
+pub fn candidate_meshes(module: &Module, devices: u32) -> Vec<Mesh> {
+    let batch = module.entries.iter().filter_map(batch_size).min().unwrap_or(1);
+    let fits = |data: &u32| devices.is_multiple_of(*data) && u64::from(*data) <= batch.max(1);
+    (1..=devices).filter(fits).filter_map(|data| mesh_of([data, 1, devices / data])).collect()
+}
+
+/// The leading size of the first input that has dimensions.
+fn batch_size(entry: &ir::Entry) -> Option<u64> {
+    entry.inputs.iter().find_map(|input| input.ty.dims.first()).map(|dim| dim.capacity())
+}
+
+/// Candidate meshes for so many devices with the predicted time of a run of all entries, fastest first.
+///
+/// # Errors
+/// As [`run`].
+pub fn rank_meshes(module: &Module, devices: u32, settings: &Settings<'_>) -> Result<Vec<(Mesh, u64)>, PassError> {
+    let mut ranking = Vec::new();
+    for mesh in candidate_meshes(module, devices) {
+        let sharded = place(module.clone(), mesh.clone(), settings)?;
+        let nodes = sharded.graphs.iter().flat_map(|graph| graph.nodes.iter().map(move |node| (graph, node)));
+        ranking.push((mesh, nodes.map(|(graph, node)| cost::node(graph, node, settings.target).predicted_ns).sum()));
+    }
+    ranking.sort_by_key(|candidate| candidate.1);
+    Ok(ranking)
+}
+
+/// Shards every entry of the module.
+///
+/// # Errors
+/// [`PassError::Unsupported`] for bounded dimensions; [`PassError::Invalid`] is a bug here.
+pub fn run(module: Module, settings: &Settings<'_>) -> Result<Module, PassError> {
+    let mesh = match &settings.shard.mesh {
+        MeshChoice::Fixed(mesh) => mesh.clone(),
+        MeshChoice::Devices(devices) => {
+            let best = rank_meshes(&module, *devices, settings)?.into_iter().next();
+            best.ok_or_else(|| PassError::invalid("shard", "no candidate mesh"))?.0
+        }
+    };
+    place(module, mesh, settings)
+}
+
+fn place(mut module: Module, mesh: Mesh, settings: &Settings<'_>) -> Result<Module, PassError> {
+    let (options, target) = (&settings.shard, settings.target);
+    module.mesh = mesh.clone();
+    let mut weights = AddedWeights { first: module.weights.len() as u32, zeros: Vec::new() };
+    let (mut graphs, mut entries) = (Vec::new(), Vec::new());
+    for entry in &module.entries {
+        let [graph] = entry.stages.as_slice() else {
+            return Err(PassError::invalid("shard", format!("entry `{}` is sharded already", entry.name)));
+        };
+        let source = module.graph(*graph);
+        let bounded = |value: &ir::Value| value.ty.dims.iter().any(|dim| matches!(dim, Dim::Bounded { .. }));
+        if source.values.iter().any(bounded) {
+            let hint = "bind the dimension to a fixed size with --dim".to_owned();
+            let op = "a bounded dimension".to_owned();
+            return Err(PassError::Unsupported { node: entry.name.clone(), op, hint });
+        }
+        let policy = Policy {
+            mesh: &mesh,
+            tensor: mesh.axis("tensor"),
+            hints: hints::hints(source),
+            split_table_bytes: options.split_table_bytes,
+        };
+        let inputs = place_inputs(&policy, entry, mesh.axis("data"));
+        let stage_count = mesh.chunks(mesh.axis("pipe")) as usize;
+        let stage_of = stages(source, stage_count, target);
+        let empty = (0..stage_count).map(|stage| stage_graph(&mesh, source, stage, stage_count)).collect();
+        let sharded = Walk::new(source, &policy, &stage_of, inputs, empty, &mut weights).run()?;
+        let first = graphs.len() as u32;
+        graphs.extend(sharded);
+        let stages = (first..graphs.len() as u32).map(ir::GraphId).collect();
+        entries.push(ir::Entry { stages, ..entry.clone() });
+    }
+    weights.finish(&mut module);
+    Ok(Module { graphs, entries, ..module })
+}
+
+/// Inputs that share the batch dimension are split over the data axis, as far as the batch fills it.
+fn place_inputs(policy: &Policy<'_>, entry: &ir::Entry, data: SubAxes) -> Vec<Placement> {
+    let batch = batch_size(entry);
+    let place = |port: &ir::Port| {
+        let leading = port.ty.dims.first().map(|dim| dim.capacity());
+        let over = leading.filter(|_| leading == batch).map(|size| (size, policy.fit(data, &single(size))));
+        let splits = over.filter(|(_, over)| !over.is_empty()).map(|(size, over)| Split::simple(0, over, size, 1));
+        Placement { splits: splits.into_iter().collect(), partial: None }
+    };
+    entry.inputs.iter().map(place).collect()
+}
+
+/// An empty graph with the ranks of a stage.
+fn stage_graph(mesh: &Mesh, source: &Graph, stage: usize, stages: usize) -> Graph {
+    let pipe = mesh.axis("pipe");
+    let ranks = (0..mesh.ranks()).filter(|&rank| mesh.chunk(pipe, rank) == stage as u64).collect();
+    let name = if stages == 1 { source.name.clone() } else { format!("{}.{stage}", source.name) };
+    Graph { ranks, ..Graph::new(&name) }
+}
+
+/// Cuts the nodes, in their order, into stages of about equal predicted time.
+fn stages(graph: &Graph, count: usize, target: &Target) -> Vec<usize> {
+    if count == 1 {
+        return vec![0; graph.nodes.len()];
+    }
+    let times: Vec<u64> = graph.nodes.iter().map(|node| cost::node(graph, node, target).predicted_ns).collect();
+    let total: u64 = times.iter().sum::<u64>().max(1);
+    let mut before = 0u64;
+    let stage = |time: &u64| {
+        let middle = u128::from(before) + u128::from(*time) / 2;
+        before += time;
+        ((middle * count as u128 / u128::from(total)) as usize).min(count - 1)
+    };
+    times.iter().map(stage).collect()
+}

@@ -1,0 +1,304 @@
+//! Makes weights of what is computed from weights alone and too large to fold.
+//!
+//! before  %t = transpose %w [1, 0]     after  %y = dot %x, %w2     # %w2's recipe: transpose of %w's
+//!         %y = dot %x, %t
+//!
+//! A recipe is evaluated box by box while the plan is written, so only primitives that turn a box into boxes are taken
+//! at any size; others only while whole operands fit in memory. What repeats elements stays a node: it costs less to
+//! repeat them when they are read than to store them.
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+
+use cpu::recipe::WeightBytes;
+use ir::{Graph, Module, Node, NodeId, Value, ValueDef, ValueId};
+use planfile::op::PadMode;
+use planfile::{Op, Recipe, RecipeInput, Spec, SpecNode};
+
+use super::NAME;
+use super::fold::INLINE_BYTES;
+use super::weights::Weights;
+use crate::error::PassError;
+
+/// Largest operand or result of a primitive that is evaluated whole.
+const WHOLE_BYTES: u64 = 64 << 20;
+
+/// Primitives of one recipe.
+const MAX_RECIPE_NODES: usize = 256;
+
+/// Replaces constant values that non-constant nodes read; whether there were any. Nodes left without readers stay.
+pub(super) fn run(module: &mut Module, bytes: &dyn WeightBytes) -> Result<bool, PassError> {
+    let (mut weights, renamed) = Weights::new(&module.weights, bytes);
+    if renamed.iter().enumerate().any(|(index, id)| id.index() != index) {
+        return Err(PassError::Invalid { pass: NAME, why: "equal weights were not merged".to_owned() });
+    }
+    let mut changed = false;
+    for graph in &mut module.graphs {
+        changed |= absorb(graph, &mut weights);
+    }
+    module.weights = weights.into_table();
+    Ok(changed)
+}
+
+fn absorb(graph: &mut Graph, weights: &mut Weights<'_>) -> bool {
+    // Primitives that make each constant value, values read by several counted more than once; none if not constant.
+    let mut lengths: Vec<Option<usize>> = graph
+        .values
+        .iter()
+        .map(|value| match value.def {
+            ValueDef::Weight(id) => Some(weights.get(id).recipe.spec.nodes.len()),
+            ValueDef::Input(_) | ValueDef::State(_) | ValueDef::Node(..) => None,
+        })
+        .collect();
+    for node in &graph.nodes {
+        let operands = node.operands.iter().map(|operand| lengths[operand.index()]);
+        let length = operands.sum::<Option<usize>>().map(|length| length + 1);
+        let length = length.filter(|&length| length <= MAX_RECIPE_NODES && absorbs(graph, node));
+        for result in &node.results {
+            lengths[result.index()] = length;
+        }
+    }
+    let constant =
+        |value: ValueId| lengths[value.index()].is_some() && matches!(graph.value(value).def, ValueDef::Node(..));
+    let mut wanted: BTreeSet<ValueId> = BTreeSet::new();
+    for node in &graph.nodes {
+        if node.results.iter().all(|&result| !constant(result)) {
+            wanted.extend(node.operands.iter().copied().filter(|&operand| constant(operand)));
+        }
+    }
+    wanted.extend(graph.outputs.iter().map(|output| output.value).filter(|&value| constant(value)));
+    let mut replacements: HashMap<ValueId, ValueId> = HashMap::new();
+    let mut added = Vec::new();
+    for &value in &wanted {
+        let recipe = compose(graph, value, weights);
+        let ty = graph.ty(value).clone();
+        let (origin, name) = graph.producer(value).map(|node| (node.origin.clone(), node.op.name())).unzip();
+        let id = weights.add(ty.clone(), recipe, &origin.unwrap_or_else(|| [].into()), name.unwrap_or("weight"));
+        replacements.insert(value, ValueId((graph.values.len() + added.len()) as u32));
+        added.push(Value { ty, def: ValueDef::Weight(id), shard: None });
+    }
+    graph.values.extend(added);
+    let operands = graph.nodes.iter_mut().flat_map(|node| &mut node.operands);
+    for value in operands.chain(graph.outputs.iter_mut().map(|output| &mut output.value)) {
+        if let Some(&replacement) = replacements.get(value) {
+            *value = replacement;
+        }
+    }
+    !wanted.is_empty()
+}
+
+/// Whether a node of constants may become part of a recipe.
+fn absorbs(graph: &Graph, node: &Node) -> bool {
+    let op = &node.op;
+    if op.is_collective() || matches!(op, Op::Append { .. }) || node.operands.is_empty() {
+        return false;
+    }
+    let elements = |values: &[ValueId]| -> u64 {
+        values.iter().map(|&value| graph.ty(value).elements().unwrap_or(u64::MAX)).fold(0, u64::saturating_add)
+    };
+    let within = |limit: u64| {
+        let mut values = node.operands.iter().chain(&node.results);
+        values.all(|&value| graph.ty(value).bytes().is_some_and(|bytes| bytes <= limit))
+    };
+    // A little padding is worth it, so that kernels see round sizes.
+    let room = if matches!(op, Op::Pad { .. }) { 2 } else { 1 };
+    let small = node.results.iter().all(|&value| graph.ty(value).bytes().is_some_and(|bytes| bytes <= INLINE_BYTES));
+    let repeats = !small && elements(&node.results) > elements(&node.operands).saturating_mul(room);
+    !repeats && (maps_boxes(op) || within(WHOLE_BYTES))
+}
+
+/// Whether a box of the result needs boxes of the operands only.
+fn maps_boxes(op: &Op) -> bool {
+    matches!(
+        op,
+        Op::Pointwise { .. }
+            | Op::Reshape { .. }
+            | Op::Transpose { .. }
+            | Op::Slice { .. }
+            | Op::Concat { .. }
+            | Op::Broadcast { .. }
+            | Op::Pad { mode: PadMode::Constant, .. }
+    )
+}
+
+/// The recipe of a constant value: those of the weights it is made from, joined, and the nodes on the way.
+fn compose(graph: &Graph, value: ValueId, weights: &Weights<'_>) -> Recipe {
+    let (nodes, leaves) = ancestors(graph, value);
+    let mut joined = Joined::default();
+    // Inputs are numbered first, so all of them must be known before any primitive.
+    let recipe_of = |leaf: ValueId| match graph.value(leaf).def {
+        ValueDef::Weight(id) => Some(&weights.get(id).recipe),
+        ValueDef::Input(_) | ValueDef::State(_) | ValueDef::Node(..) => None,
+    };
+    for &leaf in &leaves {
+        recipe_of(leaf).into_iter().flat_map(|recipe| &recipe.inputs).for_each(|input| joined.add_input(input));
+    }
+    joined.values = joined.inputs.len() as u32;
+    let mut numbers: HashMap<ValueId, u32> = HashMap::new();
+    for &leaf in &leaves {
+        if let Some(number) = recipe_of(leaf).and_then(|recipe| joined.add_recipe(recipe)) {
+            numbers.insert(leaf, number);
+        }
+    }
+    for id in nodes {
+        let node = graph.node(id);
+        let operands = node.operands.iter().filter_map(|operand| numbers.get(operand).copied()).collect();
+        let first = joined.add_node(&node.op, operands, node.results.len() as u32);
+        numbers.extend(node.results.iter().copied().zip(first..));
+    }
+    let results = numbers.get(&value).copied().into_iter().collect();
+    let spec =
+        Spec { inputs: joined.inputs.iter().map(|input| input.ty.clone()).collect(), nodes: joined.nodes, results };
+    Recipe { inputs: joined.inputs, spec }
+}
+
+/// The nodes that a value needs, in order, and the other values they read, by first use.
+fn ancestors(graph: &Graph, value: ValueId) -> (BTreeSet<NodeId>, Vec<ValueId>) {
+    let (mut nodes, mut leaves, mut seen) = (BTreeSet::new(), Vec::new(), HashSet::new());
+    let mut open = vec![value];
+    while let Some(value) = open.pop() {
+        if !seen.insert(value) {
+            continue;
+        }
+        match graph.value(value).def {
+            ValueDef::Node(id, _) => {
+                nodes.insert(id);
+                open.extend(graph.node(id).operands.iter().rev());
+            }
+            ValueDef::Weight(_) | ValueDef::Input(_) | ValueDef::State(_) => leaves.push(value),
+        }
+    }
+    (nodes, leaves)
+}
+
+/// A recipe under construction: equal ingredients and equal primitives are there once.
+#[derive(Default)]
+struct Joined {
+    inputs: Vec<RecipeInput>,
+    input_numbers: HashMap<RecipeInput, u32>,
+    nodes: Vec<SpecNode>,
+    node_numbers: HashMap<SpecNode, u32>,
+    /// Values so far.
+    values: u32,
+}
+
+impl Joined {
+    fn add_input(&mut self, input: &RecipeInput) {
+        if !self.input_numbers.contains_key(input) {
+            self.input_numbers.insert(input.clone(), self.inputs.len() as u32);
+            self.inputs.push(input.clone());
+        }
+    }
+
+    /// The number of the first result.
+    fn add_node(&mut self, op: &Op, operands: Vec<u32>, results: u32) -> u32 {
+        let node = SpecNode { op: op.clone(), operands };
+        if let Some(&first) = self.node_numbers.get(&node) {
+            return first;
+        }
+        let first = self.values;
+        self.values += results;
+        self.node_numbers.insert(node.clone(), first);
+        self.nodes.push(node);
+        first
+    }
+
+    /// The number of the recipe's result; `None` if the recipe is malformed.
+    fn add_recipe(&mut self, recipe: &Recipe) -> Option<u32> {
+        let types = recipe.spec.types().ok()?;
+        let mut numbers: Vec<u32> = Vec::new();
+        for input in &recipe.inputs {
+            numbers.push(*self.input_numbers.get(input)?);
+        }
+        for node in &recipe.spec.nodes {
+            let operands: Vec<u32> =
+                node.operands.iter().map(|&operand| numbers.get(operand as usize).copied()).collect::<Option<_>>()?;
+            let operand_types: Vec<_> = node.operands.iter().map(|&operand| &types[operand as usize]).collect();
+            let results = planfile::infer(&node.op, &operand_types).ok()?.len() as u32;
+            let first = self.add_node(&node.op, operands, results);
+            numbers.extend(first..first + results);
+        }
+        numbers.get(*recipe.spec.results.first()? as usize).copied()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::simplify::tests::{check, check_unchanged};
+
+    #[test]
+    fn large_constants_become_recipes() {
+        check(
+            "%x: f32[128]
+             %w: f32[128, 96] = weight file 0 at 16
+             %r: f32[96, 1] = weight file 0 at 0
+             %t = transpose %w [1, 0]
+             %u = pointwise %t, %r {$0 * $1}
+             %y = dot %u, %x {contract [1]x[0]}
+             return %y",
+            "%x: f32[128]
+             %u: f32[96, 128] = weight recipe {
+               %0: f32[128, 96] = file 0 at 16
+               %1: f32[96, 1] = file 0 at 0
+               %2: f32[96, 128] = transpose %0 [1, 0]
+               %3: f32[96, 128] = pointwise %2, %1 {$0 * $1}
+               return %3
+             }
+             %y = dot %u, %x {contract [1]x[0]}
+             return %y",
+        );
+    }
+
+    #[test]
+    fn recipes_of_recipes_share_ingredients() {
+        check(
+            "%x: f32[100, 80]
+             %w: f32[80, 100] = weight recipe {
+               %0: f32[8000] = file 0 at 0
+               %1: f32[80, 100] = reshape %0
+               return %1
+             }
+             %v: f32[100, 80] = weight recipe {
+               %0: f32[8000] = file 0 at 0
+               %1: f32[80, 100] = reshape %0
+               %2: f32[100, 80] = transpose %1 [1, 0]
+               return %2
+             }
+             %t = transpose %w [1, 0]
+             %c = concat %t, %v {axis 1}
+             %y = dot %x, %c {contract [0]x[0]}
+             return %y",
+            "%x: f32[100, 80]
+             %c: f32[100, 160] = weight recipe {
+               %0: f32[8000] = file 0 at 0
+               %1: f32[80, 100] = reshape %0
+               %2: f32[100, 80] = transpose %1 [1, 0]
+               %3: f32[100, 160] = concat %2, %2 {axis 1}
+               return %3
+             }
+             %y = dot %x, %c {contract [0]x[0]}
+             return %y",
+        );
+    }
+
+    #[test]
+    fn repeated_elements_are_not_stored() {
+        check_unchanged(
+            "%x: f32[96, 96]
+             %w: f32[96, 1] = weight file 0 at 0
+             %b: f32[96, 96] = broadcast %w
+             %y = dot %x, %b {contract [1]x[0]}
+             return %y",
+        );
+    }
+
+    #[test]
+    fn what_an_input_takes_part_in_stays() {
+        check_unchanged(
+            "%x: f32[96, 96]
+             %w: f32[96, 96] = weight file 0 at 0
+             %a = concat %w, %x {axis 0}
+             %y = transpose %a [1, 0]
+             return %y",
+        );
+    }
+}

@@ -1,0 +1,405 @@
+//! The text form of a whole plan: for reading, for snapshots, and for `diff`.
+//!
+//! One fact a line, in the order of the plan; weights' bytes and machine code only by their size.
+
+use std::fmt::{self, Display, Write};
+
+use crate::container::FORMAT_VERSION;
+use crate::expr::{Expr, ExprOp, Scalar};
+use crate::infer::infer;
+use crate::op::Op;
+use crate::plan::{
+    Action, Argument, Binding, Edge, EdgeKind, Implementation, Kernel, LaunchShape, Place, PlacedWeight, Plan,
+    PlanAxis, PlanWeight, Program, SplitDim, Step, Task,
+};
+use crate::spec::Source;
+use crate::summary::memory;
+
+/// The whole plan as text; the same for the same plan.
+pub fn text(plan: &Plan) -> String {
+    let mut out = String::new();
+    // Writing to a string cannot fail.
+    let _ = write_plan(&mut out, plan);
+    out
+}
+
+fn write_plan(out: &mut String, plan: &Plan) -> fmt::Result {
+    let manifest = &plan.manifest;
+    writeln!(out, "plan {}: format {FORMAT_VERSION}, {}", manifest.model, manifest.producer)?;
+    writeln!(out, "target {} ({})", manifest.target.name, manifest.target.architecture)?;
+    writeln!(out, "mesh {} on {} ranks", axes(&manifest.mesh), manifest.ranks)?;
+    for (index, file) in manifest.files.iter().enumerate() {
+        writeln!(out, "file {index} {} {}", file.name, Bytes(file.bytes))?;
+    }
+    for link in &manifest.links {
+        writeln!(out, "link {}-{} {}", link.ranks.0, link.ranks.1, link.class)?;
+    }
+    for entry in &manifest.entries {
+        writeln!(out, "\nentry {}  {}", entry.name, Duration(entry.predicted_ns))?;
+        for port in &entry.inputs {
+            writeln!(out, "  input {} {}", port.name, port.ty)?;
+        }
+        for (name, value) in &entry.pinned {
+            writeln!(out, "  pinned {name} {}", value.ty)?;
+        }
+        for port in &entry.outputs {
+            writeln!(out, "  output {} {}", port.name, port.ty)?;
+        }
+    }
+    writeln!(out, "\nmemory")?;
+    for device in memory(plan) {
+        let [weights, activations] = [Bytes(device.weight_bytes), Bytes(device.activation_bytes)];
+        let [peers, states] = [Bytes(device.peer_bytes), Bytes(device.state_bytes)];
+        let rank = device.rank;
+        writeln!(out, "  rank {rank}: weights {weights}, activations {activations}, peers {peers}, states {states}")?;
+    }
+    for (index, state) in manifest.states.iter().enumerate() {
+        writeln!(
+            out,
+            "  state {index} {} {} at {:#x}, extent {}",
+            state.name, state.ty, state.arena_offset, state.extent.0
+        )?;
+    }
+    writeln!(out, "\nweights {}", Bytes(manifest.image_bytes))?;
+    for (index, weight) in manifest.weights.iter().enumerate() {
+        write_weight(out, plan, index, weight)?;
+    }
+    for (index, kernel) in plan.kernels.iter().enumerate() {
+        write_kernel(out, index, kernel)?;
+    }
+    for (index, code) in plan.code.iter().enumerate() {
+        writeln!(out, "\ncode {index} {} {}", code.architecture, Bytes(code.cubin.len() as u64))?;
+    }
+    for (index, program) in plan.programs.iter().enumerate() {
+        write_program(out, plan, index, program)?;
+    }
+    if !plan.explanations.sharding.is_empty() || !plan.explanations.alternatives.is_empty() {
+        writeln!(out, "\nwhy")?;
+    }
+    for sentence in &plan.explanations.sharding {
+        writeln!(out, "  {sentence}")?;
+    }
+    for alternative in &plan.explanations.alternatives {
+        writeln!(out, "  instead {}: {}", axes(&alternative.mesh), Duration(alternative.predicted_ns))?;
+    }
+    Ok(())
+}
+
+fn write_weight(out: &mut String, plan: &Plan, index: usize, weight: &PlanWeight) -> fmt::Result {
+    write!(out, "  {} {} from ", weight.name, weight.ty)?;
+    for (position, input) in weight.recipe.inputs.iter().enumerate() {
+        let comma = if position == 0 { "" } else { ", " };
+        match &input.source {
+            Source::File { file, offset } => write!(out, "{comma}file {file}+{offset} {}", input.ty)?,
+            Source::Inline(_) => write!(out, "{comma}constant {}", input.ty)?,
+            Source::Random { seed } => write!(out, "{comma}random {seed} {}", input.ty)?,
+        }
+    }
+    for node in &weight.recipe.spec.nodes {
+        write!(out, ", {}", operation(&node.op))?;
+    }
+    writeln!(out)?;
+    for placed in plan.manifest.placed.iter().filter(|placed| placed.weight as usize == index) {
+        let PlacedWeight { stage, arena_offset, ty, splits, images, .. } = placed;
+        let images: Vec<String> = images.iter().map(|image| format!("{image:#x}")).collect();
+        writeln!(
+            out,
+            "    stage {stage} weights+{arena_offset:#x} {ty}{} images {}",
+            Splits(splits),
+            images.join(", ")
+        )?;
+    }
+    Ok(())
+}
+
+fn write_kernel(out: &mut String, index: usize, kernel: &Kernel) -> fmt::Result {
+    let implementation = match &kernel.implementation {
+        Implementation::Reference => "reference".to_owned(),
+        Implementation::Cuda { code, symbol } => format!("code {code} {symbol}"),
+        Implementation::Library { library, version } => format!("{library:?} {version}"),
+    };
+    let inputs: Vec<String> =
+        kernel.spec.inputs.iter().enumerate().map(|(value, ty)| format!("%{value}: {ty}")).collect();
+    writeln!(out, "\nkernel {index} {} ({}) {implementation}", kernel.name, inputs.join(", "))?;
+    let types = kernel.spec.types().unwrap_or_default();
+    let mut known = kernel.spec.inputs.len();
+    for node in &kernel.spec.nodes {
+        let operands: Vec<String> = node.operands.iter().map(|operand| format!("%{operand}")).collect();
+        let taken: Option<Vec<_>> = node.operands.iter().map(|&operand| types.get(operand as usize)).collect();
+        let count = taken.and_then(|taken| infer(&node.op, &taken).ok()).map_or(1, |results| results.len());
+        let end = types.len().min(known + count);
+        let made = types.get(known..end).unwrap_or_default().iter().enumerate();
+        let made: Vec<String> = made.map(|(number, ty)| format!("%{}: {ty}", known + number)).collect();
+        writeln!(out, "  {} = {} {}", made.join(", "), operation(&node.op), operands.join(", "))?;
+        known += count;
+    }
+    let results: Vec<String> = kernel.spec.results.iter().map(|result| format!("%{result}")).collect();
+    writeln!(out, "  return {}", results.join(", "))
+}
+
+fn write_program(out: &mut String, plan: &Plan, index: usize, program: &Program) -> fmt::Result {
+    let entry = plan.manifest.entries.get(program.entry as usize);
+    let name = entry.map_or("", |entry| &entry.name);
+    writeln!(
+        out,
+        "\nprogram {index}: entry {name}, stage {}, ranks {:?}, {} streams, arena {}, peers {}",
+        program.stage,
+        program.ranks,
+        program.streams,
+        Bytes(program.arena_bytes),
+        Bytes(program.peer_arena_bytes)
+    )?;
+    let show = Show { plan, stage: program.stage };
+    let mut bind = |what: &str, binding: &Binding, names: &dyn Fn(usize) -> Option<String>| {
+        let name = names(binding.port as usize).unwrap_or_else(|| binding.port.to_string());
+        writeln!(out, "  {what} {name} {}{}", show.place(&binding.place), Splits(&binding.splits))
+    };
+    for binding in &program.inputs {
+        bind("input", binding, &|port| Some(entry?.inputs.get(port)?.name.clone()))?;
+    }
+    for binding in &program.outputs {
+        bind("output", binding, &|port| Some(entry?.outputs.get(port)?.name.clone()))?;
+    }
+    for (position, step) in program.steps.iter().enumerate() {
+        write_step(out, &show, position, step)?;
+    }
+    Ok(())
+}
+
+fn write_step(out: &mut String, show: &Show<'_>, position: usize, step: &Step) -> fmt::Result {
+    write!(out, "  #{position} s{} {}", step.stream, show.action(&step.action))?;
+    write!(out, "  {}", Duration(step.cost.predicted_ns))?;
+    if step.cost.link_bytes > 0 {
+        write!(out, " {} sent", Bytes(step.cost.link_bytes))?;
+    }
+    let names = &show.plan.explanations.names;
+    let origin: Vec<&str> =
+        step.origin.iter().filter_map(|&name| names.get(name as usize)).map(String::as_str).collect();
+    if !origin.is_empty() {
+        write!(out, "  {}", origin.join(", "))?;
+    }
+    for (number, Edge { from, kind }) in step.waits.iter().enumerate() {
+        write!(out, "{} #{from}", if number == 0 { "  after" } else { "," })?;
+        match kind {
+            EdgeKind::Full => {}
+            EdgeKind::Programmatic => write!(out, " early")?,
+            EdgeKind::Signal { offset, .. } => write!(out, " on all ranks by peers+{offset:#x}")?,
+        }
+    }
+    writeln!(out)?;
+    if let Action::Persistent { tasks, counters, .. } = &step.action {
+        for (number, task) in tasks.iter().enumerate() {
+            writeln!(out, "    {number}: {}", show.task(task))?;
+        }
+        let thresholds: Vec<String> = counters.iter().map(|counter| counter.threshold.to_string()).collect();
+        writeln!(out, "    counters {}", thresholds.join(", "))?;
+    }
+    Ok(())
+}
+
+/// Shows parts of a program with the names that the plan has for them.
+struct Show<'a> {
+    plan: &'a Plan,
+    stage: u32,
+}
+
+impl Show<'_> {
+    fn action(&self, action: &Action) -> String {
+        match action {
+            Action::Launch { kernel, operands, results, scalars, launch } => {
+                let mut text = format!("launch {} {}", self.kernel(*kernel), self.flow(operands, results));
+                if !scalars.is_empty() {
+                    let scalars: Vec<String> = scalars.iter().map(|scalar| self.argument(scalar)).collect();
+                    text.push_str(&format!(" with {}", scalars.join(", ")));
+                }
+                text.push_str(&shape(launch.as_ref()));
+                text
+            }
+            Action::Library { kernel, operands, results, workspace, .. } => {
+                let workspace = workspace.as_ref().map(|place| format!(" workspace {}", self.place(place)));
+                let flow = self.flow(operands, results);
+                format!("library {} {flow}{}", self.kernel(*kernel), workspace.unwrap_or_default())
+            }
+            Action::Collective { op, operands, results, algorithm } => {
+                format!("{} {} by {algorithm:?}", operation(op), self.flow(operands, results))
+            }
+            Action::Copy { from, to } => format!("copy ({}) -> {}", self.place(from), self.place(to)),
+            Action::Persistent { tasks, launch, .. } => {
+                format!("persistent {} tasks{}", tasks.len(), shape(launch.as_ref()))
+            }
+        }
+    }
+
+    fn task(&self, task: &Task) -> String {
+        let Task { kernel, block, tiles, operands, results, waits, signals } = task;
+        let flow = self.flow(operands, results);
+        let name = self.kernel(*kernel);
+        format!("block {block} {name}[{}..{}] {flow} waits {waits:?} signals {signals:?}", tiles.0, tiles.1)
+    }
+
+    fn kernel(&self, index: u32) -> String {
+        let found = self.plan.kernels.get(index as usize);
+        found.map_or_else(|| format!("kernel {index}"), |kernel| format!("{}@{index}", kernel.name))
+    }
+
+    fn flow(&self, operands: &[Place], results: &[Place]) -> String {
+        let list = |places: &[Place]| places.iter().map(|place| self.place(place)).collect::<Vec<_>>().join(", ");
+        let arrow = if results.is_empty() { "" } else { " -> " };
+        format!("({}){arrow}{}", list(operands), list(results))
+    }
+
+    fn place(&self, place: &Place) -> String {
+        format!("{} {}", self.argument(&place.at), place.ty)
+    }
+
+    fn argument(&self, argument: &Argument) -> String {
+        match argument {
+            Argument::Arena { offset } => format!("arena+{offset:#x}"),
+            Argument::Weights { offset } => match self.weight(*offset) {
+                Some(name) => format!("weights+{offset:#x} {name}"),
+                None => format!("weights+{offset:#x}"),
+            },
+            Argument::Peer { rank, offset } => format!("peer({rank})+{offset:#x}"),
+            Argument::State { state, offset } => {
+                let name = self.plan.manifest.states.get(*state as usize).map_or("", |state| &state.name);
+                format!("state {state}+{offset:#x} {name}")
+            }
+            Argument::Extent { extent } => format!("extent {}", extent.0),
+            Argument::Epoch => "epoch".to_owned(),
+            Argument::TensorMap { offset, block } => format!("map arena+{offset:#x} {block:?}"),
+            Argument::Scalar { value } => value.to_string(),
+        }
+    }
+
+    fn weight(&self, offset: u64) -> Option<&str> {
+        let manifest = &self.plan.manifest;
+        let here = |placed: &&PlacedWeight| placed.stage == self.stage && placed.arena_offset == offset;
+        let placed = manifest.placed.iter().find(here)?;
+        Some(&manifest.weights.get(placed.weight as usize)?.name)
+    }
+}
+
+fn shape(launch: Option<&LaunchShape>) -> String {
+    launch.map_or_else(String::new, |LaunchShape { grid: [x, y, z], block, shared_bytes }| {
+        format!(" grid [{x}, {y}, {z}] block {block:?} shared {shared_bytes}")
+    })
+}
+
+/// An operation with its attributes; expressions in postfix.
+fn operation(op: &Op) -> String {
+    match op {
+        Op::Pointwise { expr, .. } => format!("pointwise {{{}}}", postfix(expr)),
+        other => {
+            let debug = format!("{other:?}");
+            let attributes = debug.split_once(" {").map_or("", |(_, attributes)| attributes);
+            format!("{} {{{}", other.name(), attributes.trim_start()).replace(" }", "}")
+        }
+    }
+}
+
+fn postfix(expr: &Expr) -> String {
+    let ops = expr.ops.iter().map(|op| match op {
+        ExprOp::Operand(index) => format!("x{index}"),
+        ExprOp::Const(scalar) => constant(*scalar),
+        ExprOp::Index { axis, base } => format!("index({axis}, {base})"),
+        ExprOp::Set(slot) => format!("set{slot}"),
+        ExprOp::Get(slot) => format!("get{slot}"),
+        ExprOp::Cast(dtype) => dtype.to_string(),
+        ExprOp::Unary(op) => format!("{op:?}").to_lowercase(),
+        ExprOp::Binary(op) => format!("{op:?}").to_lowercase(),
+        ExprOp::Compare(op) => format!("{op:?}").to_lowercase(),
+        ExprOp::Select => "select".to_owned(),
+    });
+    ops.collect::<Vec<_>>().join(" ")
+}
+
+fn constant(scalar: Scalar) -> String {
+    match scalar.to_i64() {
+        Some(value) => format!("{value}:{}", scalar.dtype),
+        None => format!("{:?}:{}", scalar.to_f64(), scalar.dtype),
+    }
+}
+
+fn axes(mesh: &[PlanAxis]) -> String {
+    mesh.iter().map(|axis| format!("{}={}", axis.name, axis.size)).collect::<Vec<_>>().join(",")
+}
+
+/// ` split 1 [0..4 | 4..8]`: per rank, its pieces; where they do not lie at the start of the part, `@` says where.
+struct Splits<'a>(&'a [SplitDim]);
+
+impl Display for Splits<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for split in self.0 {
+            let ranks = split.pieces.iter().map(|pieces| {
+                let mut filled = 0;
+                let shown = pieces.iter().map(|piece| {
+                    let gap = if piece.local == filled { String::new() } else { format!("@{}", piece.local) };
+                    filled = piece.local.saturating_add(piece.len);
+                    format!("{}..{}{gap}", piece.global, piece.global.saturating_add(piece.len))
+                });
+                shown.collect::<Vec<_>>().join(" ")
+            });
+            write!(f, " split {} [{}]", split.dim, ranks.collect::<Vec<_>>().join(" | "))?;
+        }
+        Ok(())
+    }
+}
+
+/// Exact up to a few thousand, then also rounded.
+pub struct Bytes(pub u64);
+
+impl Display for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+        if self.0 < 10_240 {
+            return write!(f, "{} B", self.0);
+        }
+        let mut value = self.0 as f64 / 1024.0;
+        let mut unit = 0;
+        while value >= 1024.0 && unit + 1 < UNITS.len() {
+            value /= 1024.0;
+            unit += 1;
+        }
+        write!(f, "{value:.1} {}", UNITS[unit])
+    }
+}
+
+/// Of nanoseconds, with three digits.
+pub struct Duration(pub u64);
+
+impl Display for Duration {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const UNITS: [&str; 4] = ["ns", "µs", "ms", "s"];
+        if self.0 < 1000 {
+            return write!(f, "{} ns", self.0);
+        }
+        let mut value = self.0 as f64;
+        let mut unit = 0;
+        while value >= 1000.0 && unit + 1 < UNITS.len() {
+            value /= 1000.0;
+            unit += 1;
+        }
+        let digits = if value < 10.0 { 2 } else { usize::from(value < 100.0) };
+        write!(f, "{value:.digits$} {}", UNITS[unit])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sample;
+
+    #[test]
+    fn a_plan_reads_well() {
+        insta::assert_snapshot!(text(&sample::plan()));
+    }
+
+    #[test]
+    fn numbers_have_units() {
+        assert_eq!(Bytes(4096).to_string(), "4096 B");
+        assert_eq!(Bytes(3 << 20).to_string(), "3.0 MiB");
+        assert_eq!(Bytes(u64::MAX).to_string(), "16.0 EiB");
+        let durations = [999, 1500, 42_000, 999_000_000, 7_200_000_000_000].map(|ns| Duration(ns).to_string());
+        assert_eq!(durations, ["999 ns", "1.50 µs", "42.0 µs", "999 ms", "7200 s"]);
+    }
+}

@@ -1,0 +1,282 @@
+//! Steps, each for itself: operands and results against kernels, edges, and what a step may overwrite.
+
+use super::bounds::{Bounds, memory_name, range};
+use super::kernels::{Facts, InPlace};
+use super::persistent::TaskOrder;
+use super::{At, Report};
+use crate::infer::infer;
+use crate::op::{Groups, Op};
+use crate::plan::{
+    Action, Argument, CollectiveAlgorithm, Edge, EdgeKind, Implementation, LaunchShape, Place, Plan, Program, Step,
+};
+use crate::types::TensorType;
+
+/// Most bytes of shared memory that a launch can ask for on any device.
+const MAX_SHARED_BYTES: u32 = 1 << 20;
+/// Most threads of a block.
+const MAX_BLOCK_THREADS: u64 = 1024;
+/// Bytes of a signal in the peer arena.
+pub(super) const SIGNAL_BYTES: u64 = 8;
+
+type Checked = Result<(), String>;
+
+/// Checks each step of a program whose sizes, and whose kernels, are sound.
+pub(super) fn check(plan: &Plan, index: usize, facts: &[Facts], report: &mut Report) {
+    let program = &plan.programs[index];
+    let context = Context { plan, program, facts, bounds: Bounds::new(plan, program) };
+    for (position, step) in program.steps.iter().enumerate() {
+        let checked = context.step(position, step);
+        report.check(At { program: index, step: Some(position) }, checked);
+    }
+}
+
+struct Context<'a> {
+    plan: &'a Plan,
+    program: &'a Program,
+    facts: &'a [Facts],
+    bounds: Bounds<'a>,
+}
+
+impl Context<'_> {
+    fn step(&self, position: usize, step: &Step) -> Checked {
+        if step.stream >= self.program.streams {
+            return Err(format!("stream {} of {}", step.stream, self.program.streams));
+        }
+        for edge in &step.waits {
+            self.edge(position, step, edge)?;
+        }
+        let names = self.plan.explanations.names.len();
+        if let Some(name) = step.origin.iter().find(|&&name| name as usize >= names) {
+            return Err(format!("comes from name {name} of {names}"));
+        }
+        match &step.action {
+            Action::Launch { kernel, operands, results, scalars, launch } => {
+                self.kernel(*kernel, operands, results, Caller::Launch)?;
+                self.scalars(scalars, operands, results)?;
+                self.launch_shape(*kernel, launch.as_ref())
+            }
+            Action::Library { kernel, operands, results, workspace, .. } => {
+                self.kernel(*kernel, operands, results, Caller::Library)?;
+                let Some(workspace) = workspace else { return Ok(()) };
+                self.bounds.check(workspace).map_err(|what| format!("workspace: {what}"))?;
+                self.writable(workspace)?;
+                let others = operands.iter().chain(results);
+                self.apart(workspace, others, InPlace::Never).map_err(|what| format!("workspace {what}"))
+            }
+            Action::Collective { op, operands, results, algorithm } => {
+                self.collective(op, operands, results, *algorithm)
+            }
+            Action::Copy { from, to } => {
+                self.places(&[from], &[to], InPlace::Never)?;
+                let same = from.ty.dtype == to.ty.dtype && from.ty.bytes() == to.ty.bytes();
+                same.then_some(()).ok_or_else(|| format!("copies {} to {}", from.ty, to.ty))
+            }
+            Action::Persistent { tasks, counters, launch } => {
+                for (number, task) in tasks.iter().enumerate() {
+                    let checked = self.kernel(task.kernel, &task.operands, &task.results, Caller::Launch);
+                    checked.map_err(|what| format!("task {number}: {what}"))?;
+                }
+                TaskOrder::new(tasks, counters)?;
+                match launch {
+                    Some(shape) => self.shape(shape),
+                    None => Ok(()),
+                }
+            }
+        }
+    }
+
+    fn edge(&self, position: usize, step: &Step, edge: &Edge) -> Checked {
+        let from = edge.from as usize;
+        if from >= position {
+            return Err(format!("waits for step #{from}, which does not come before it"));
+        }
+        match &edge.kind {
+            EdgeKind::Full => Ok(()),
+            EdgeKind::Programmatic => {
+                let launch = |step: &Step| matches!(step.action, Action::Launch { .. });
+                let both = launch(step) && launch(&self.program.steps[from]);
+                both.then_some(()).ok_or_else(|| format!("a programmatic edge from step #{from}, not between launches"))
+            }
+            EdgeKind::Signal { ranks, offset } => {
+                if *ranks != self.program.ranks {
+                    return Err(format!("a signal of ranks {ranks:?}, not of all the program's"));
+                }
+                let size = self.program.peer_arena_bytes;
+                let inside = offset.checked_add(SIGNAL_BYTES).is_some_and(|end| end <= size);
+                let fine = inside && offset.is_multiple_of(SIGNAL_BYTES);
+                fine.then_some(()).ok_or_else(|| format!("a signal at {offset} of {size} of the peer arena"))
+            }
+        }
+    }
+
+    fn kernel(&self, kernel: u32, operands: &[Place], results: &[Place], caller: Caller) -> Checked {
+        let all = self.plan.kernels.len();
+        let found = self.plan.kernels.get(kernel as usize).zip(self.facts.get(kernel as usize));
+        let (kernel, facts) = found.ok_or_else(|| format!("kernel {kernel} of {all}"))?;
+        let library = matches!(kernel.implementation, Implementation::Library { .. });
+        if library != (caller == Caller::Library) {
+            return Err(format!("kernel `{}` is not called this way", kernel.name));
+        }
+        if let Some(length) = facts.ranks
+            && length != self.program.ranks.len()
+        {
+            let ranks = self.program.ranks.len();
+            return Err(format!("kernel `{}` has tables of {length} values for {ranks} ranks", kernel.name));
+        }
+        let takes = match_types(operands, &kernel.spec.inputs, "operand");
+        let gives = match_types(results, &facts.results, "result");
+        takes.and(gives).map_err(|what| format!("kernel `{}`: {what}", kernel.name))?;
+        let (operands, results): (Vec<&Place>, Vec<&Place>) = (operands.iter().collect(), results.iter().collect());
+        self.places(&operands, &results, facts.in_place)
+    }
+
+    /// Places are in bounds, results may be written there, and share bytes with nothing that they must not.
+    fn places(&self, operands: &[&Place], results: &[&Place], in_place: InPlace) -> Checked {
+        for (number, place) in operands.iter().enumerate() {
+            self.bounds.check(place).map_err(|what| format!("operand {number}: {what}"))?;
+        }
+        for (number, place) in results.iter().enumerate() {
+            self.bounds.check(place).map_err(|what| format!("result {number}: {what}"))?;
+            self.writable(place).map_err(|what| format!("result {number}: {what}"))?;
+        }
+        for (number, result) in results.iter().enumerate() {
+            let said = |what: String| format!("result {number} {what}");
+            self.apart(result, results[..number].iter().copied(), InPlace::Never).map_err(said)?;
+            match in_place {
+                InPlace::First => {
+                    let (state, rest) = operands.split_at(operands.len().min(1));
+                    self.apart(result, state.iter().copied(), InPlace::Any).map_err(said)?;
+                    self.apart(result, rest.iter().copied(), InPlace::Never).map_err(said)?;
+                }
+                InPlace::Any | InPlace::Never => {
+                    self.apart(result, operands.iter().copied(), in_place).map_err(said)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn writable(&self, place: &Place) -> Checked {
+        match &place.at {
+            Argument::Weights { .. } => Err("writes to weights".to_owned()),
+            Argument::Peer { rank, .. } if !self.bounds.is_injective(rank) => {
+                Err("two ranks write to the same peer".to_owned())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// A result may share bytes only with an operand that it replaces element by element.
+    fn apart<'a>(&self, result: &Place, others: impl Iterator<Item = &'a Place>, in_place: InPlace) -> Checked {
+        for other in others {
+            if !self.bounds.overlap(result, other) {
+                continue;
+            }
+            let elementwise = other.ty.dims == result.ty.dims && other.ty.dtype.bytes() == result.ty.dtype.bytes();
+            if in_place == InPlace::Never || other.at != result.at || !elementwise {
+                let (a, b) = (range(result), range(other));
+                let memory = memory_name(&result.at);
+                return Err(format!("at {:#x}..{:#x} of the {memory} overlaps {:#x}..{:#x}", a.0, a.1, b.0, b.1));
+            }
+        }
+        Ok(())
+    }
+
+    fn scalars(&self, scalars: &[Argument], operands: &[Place], results: &[Place]) -> Checked {
+        for (number, scalar) in scalars.iter().enumerate() {
+            let checked = match scalar {
+                Argument::Scalar { value } => self.bounds.check_table(value),
+                Argument::Extent { extent } => self.bounds.check_extent(*extent),
+                Argument::Epoch => Ok(()),
+                Argument::TensorMap { offset, block } => {
+                    let described = operands
+                        .iter()
+                        .chain(results)
+                        .any(|place| place.at == Argument::Arena { offset: *offset } && block.len() == place.ty.rank());
+                    let fine = described && block.iter().all(|&size| size > 0);
+                    fine.then_some(()).ok_or_else(|| format!("a map of block {block:?} at {offset:#x} of no operand"))
+                }
+                Argument::Arena { .. } | Argument::Weights { .. } | Argument::Peer { .. } | Argument::State { .. } => {
+                    Err("memory without a type".to_owned())
+                }
+            };
+            checked.map_err(|what| format!("scalar {number}: {what}"))?;
+        }
+        Ok(())
+    }
+
+    fn launch_shape(&self, kernel: u32, launch: Option<&LaunchShape>) -> Checked {
+        let implementation = self.plan.kernels.get(kernel as usize).map(|kernel| &kernel.implementation);
+        match (implementation, launch) {
+            (Some(Implementation::Cuda { .. }), None) => Err("launches device code without a grid".to_owned()),
+            (_, Some(shape)) => self.shape(shape),
+            (_, None) => Ok(()),
+        }
+    }
+
+    fn shape(&self, shape: &LaunchShape) -> Checked {
+        for size in &shape.grid {
+            self.bounds.check_table(size)?;
+            let fits = |position| size.get(position).is_some_and(|size| (1..=i64::from(i32::MAX)).contains(&size));
+            if !(0..self.program.ranks.len()).all(fits) {
+                return Err(format!("a grid of {size}"));
+            }
+        }
+        let threads = shape.block.iter().try_fold(1u64, |threads, &size| threads.checked_mul(u64::from(size)));
+        if !threads.is_some_and(|threads| (1..=MAX_BLOCK_THREADS).contains(&threads)) {
+            return Err(format!("a block of {:?} threads", shape.block));
+        }
+        let fine = shape.shared_bytes <= MAX_SHARED_BYTES;
+        fine.then_some(()).ok_or_else(|| format!("{} bytes of shared memory", shape.shared_bytes))
+    }
+
+    fn collective(&self, op: &Op, operands: &[Place], results: &[Place], algorithm: CollectiveAlgorithm) -> Checked {
+        let types: Vec<&TensorType> = operands.iter().map(|operand| &operand.ty).collect();
+        let inferred = infer(op, &types).map_err(|what| format!("{}: {what}", op.name()))?;
+        match_types(results, &inferred, "result").map_err(|what| format!("{}: {what}", op.name()))?;
+        match op {
+            Op::AllReduce { groups, .. }
+            | Op::AllGather { groups, .. }
+            | Op::ReduceScatter { groups, .. }
+            | Op::AllToAll { groups, .. } => self.groups(groups)?,
+            // Peers are checked against the other side, once all programs are known to be sound.
+            Op::Send { peers, .. } | Op::Recv { peers, .. } if peers.len() == self.program.ranks.len() => {}
+            Op::Send { peers, .. } | Op::Recv { peers, .. } => {
+                return Err(format!("{} peers for {} ranks", peers.len(), self.program.ranks.len()));
+            }
+            other => return Err(format!("{} is not between ranks", other.name())),
+        }
+        let own = |place: &Place| matches!(&place.at, Argument::Peer { rank, .. } if self.bounds.is_own(rank));
+        if algorithm == CollectiveAlgorithm::OneShot && !operands.iter().all(own) {
+            return Err("peers cannot read operands outside the rank's own peer arena".to_owned());
+        }
+        let (operands, results): (Vec<&Place>, Vec<&Place>) = (operands.iter().collect(), results.iter().collect());
+        self.places(&operands, &results, InPlace::Never)
+    }
+
+    /// Every rank of the program is in one group, and no other. Groups are disjoint.
+    fn groups(&self, groups: &Groups) -> Checked {
+        let mut ranks: Vec<u32> = groups.iter().flatten().copied().collect();
+        ranks.sort_unstable();
+        let fine = ranks == self.program.ranks;
+        fine.then_some(()).ok_or_else(|| format!("groups {groups:?} are not ranks {:?}", self.program.ranks))
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Caller {
+    Launch,
+    Library,
+}
+
+fn match_types(places: &[Place], types: &[TensorType], what: &str) -> Checked {
+    if places.len() != types.len() {
+        return Err(format!("{} {what}s, expected {}", places.len(), types.len()));
+    }
+    for (number, (place, ty)) in places.iter().zip(types).enumerate() {
+        if place.ty != *ty {
+            return Err(format!("{what} {number} is {}, expected {ty}", place.ty));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,11 @@
+//! What the command lines `plan` and `compile` share: exit codes, reports, progress, and running a plan on given data.
+
+mod exit;
+mod progress;
+mod report;
+mod run;
+
+pub use exit::{Exit, Failure, finish, print};
+pub use progress::{bytes_bar, spinner};
+pub use report::summary_text;
+pub use run::{Data, OutputReport, RunReport, ToleranceFlags, choose_entry, run};

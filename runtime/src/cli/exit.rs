@@ -1,0 +1,144 @@
+//! How a command ends: its exit code, and what is said about a failure.
+
+use std::fmt;
+use std::io::{self, IsTerminal, Write};
+use std::process::ExitCode;
+
+use miette::{Diagnostic, MietteHandlerOpts, Report};
+use planfile::PlanError;
+
+use crate::error::{RuntimeError, StepError};
+use crate::tensor_file::TensorFileError;
+
+/// Exit codes, as README.md states them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    Success = 0,
+    /// A comparison was beyond its tolerance, or verification failed.
+    Beyond = 1,
+    /// The command line was wrong. clap uses the same.
+    Usage = 2,
+    /// The model, plan or input is invalid or not supported.
+    Invalid = 3,
+    /// A file could not be read or written.
+    File = 4,
+    /// Our bug.
+    Internal = 70,
+}
+
+/// A command that failed. The message says what, where, and what to do next.
+#[derive(Debug)]
+pub struct Failure {
+    pub exit: Exit,
+    pub message: String,
+}
+
+impl Failure {
+    pub fn new(exit: Exit, message: impl fmt::Display) -> Self {
+        Self { exit, message: message.to_string() }
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Failure {}
+
+impl Diagnostic for Failure {}
+
+impl From<PlanError> for Failure {
+    fn from(error: PlanError) -> Self {
+        let exit = match &error {
+            PlanError::Io { .. } | PlanError::NotAFile { .. } => Exit::File,
+            PlanError::OutsideWeights { .. } | PlanError::Weights { .. } => Exit::Internal,
+            _ => Exit::Invalid,
+        };
+        Self::new(exit, error)
+    }
+}
+
+impl From<RuntimeError> for Failure {
+    fn from(error: RuntimeError) -> Self {
+        let exit = match error {
+            RuntimeError::Plan(error) => return error.into(),
+            RuntimeError::Step { source: StepError::Contradiction { .. } | StepError::Abandoned, .. }
+            | RuntimeError::Contradiction { .. }
+            | RuntimeError::Panicked { .. } => Exit::Internal,
+            RuntimeError::Step { .. }
+            | RuntimeError::UnknownEntry { .. }
+            | RuntimeError::MissingInput { .. }
+            | RuntimeError::UnknownInput { .. }
+            | RuntimeError::InputDType { .. }
+            | RuntimeError::InputShape { .. }
+            | RuntimeError::PinnedInput { .. }
+            | RuntimeError::Memory { .. } => Exit::Invalid,
+        };
+        Self::new(exit, error)
+    }
+}
+
+impl From<TensorFileError> for Failure {
+    fn from(error: TensorFileError) -> Self {
+        let exit = match &error {
+            TensorFileError::Io { .. } | TensorFileError::NotAFile { .. } => Exit::File,
+            TensorFileError::TooLarge { .. }
+            | TensorFileError::NotATensor { .. }
+            | TensorFileError::NotAnArchive { .. }
+            | TensorFileError::Array { .. }
+            | TensorFileError::NoInputs { .. } => Exit::Invalid,
+        };
+        Self::new(exit, error)
+    }
+}
+
+/// Reports a failure on standard error; the exit code.
+pub fn finish(outcome: Result<Exit, Failure>) -> ExitCode {
+    let exit = outcome.unwrap_or_else(|failure| {
+        let exit = failure.exit;
+        // Lines are wrapped for people only; a second hook would be refused, and the first is as good.
+        let wrap = io::stderr().is_terminal();
+        let _ = miette::set_hook(Box::new(move |_| Box::new(MietteHandlerOpts::new().wrap_lines(wrap).build())));
+        let _ = writeln!(io::stderr(), "{:?}", Report::new(failure));
+        exit
+    });
+    ExitCode::from(exit as u8)
+}
+
+/// Writes to standard output. A reader that has gone, such as `head`, is no failure.
+///
+/// # Errors
+/// [`Exit::File`], disk full included.
+pub fn print(text: &str) -> Result<(), Failure> {
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(Failure::new(Exit::File, format!("cannot write to standard output: {error}")))
+        }
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use cpu::CpuError;
+
+    use super::*;
+
+    #[test]
+    fn faults_of_files_of_users_and_of_ours_are_told_apart() {
+        let io = |kind| PlanError::Io { action: "write", path: PathBuf::from("x.plan"), source: io::Error::from(kind) };
+        assert_eq!(Failure::from(io(io::ErrorKind::StorageFull)).exit, Exit::File);
+        assert_eq!(Failure::from(RuntimeError::from(PlanError::NotAPlan)).exit, Exit::Invalid);
+        let step = |source| RuntimeError::Step { rank: 0, program: 0, step: 0, origin: vec![], source };
+        let index = CpuError::Index { op: "gather", axis: 0, index: 9, bound: 4 };
+        assert_eq!(Failure::from(step(index.into())).exit, Exit::Invalid);
+        assert_eq!(Failure::from(step(StepError::Abandoned)).exit, Exit::Internal);
+        let error = TensorFileError::NoInputs { path: PathBuf::from("x") };
+        assert_eq!(Failure::from(error).exit, Exit::Invalid);
+    }
+}

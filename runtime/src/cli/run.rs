@@ -1,0 +1,271 @@
+//! Runs a plan on given data and says what came out, and how far from a reference it is.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::Instant;
+
+use comfy_table::Table;
+use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
+use planfile::plan::PlanEntry;
+use planfile::{PlanFile, Tensor};
+use serde::Serialize;
+
+use super::exit::{Exit, Failure};
+use super::progress::bytes_bar;
+use super::report::time_text;
+use crate::compare::{Tolerance, compare, to_f64s};
+use crate::npz::{read_npz, write_npz};
+use crate::tensor_file::TestData;
+use crate::{Devices, Session, random_inputs};
+
+/// Seed of the inputs of runs that bring none.
+const RANDOM_SEED: u64 = 0;
+
+/// Limits of a comparison.
+#[derive(Clone, Copy, Debug, clap::Args)]
+pub struct ToleranceFlags {
+    /// Elements may differ by this share of the expected value, plus --atol
+    #[arg(long, value_name = "X", default_value = "1e-3", value_parser = not_negative, allow_negative_numbers = true)]
+    pub rtol: f64,
+    /// Elements may differ by this much, plus --rtol's share
+    #[arg(long, value_name = "X", default_value = "1e-5", value_parser = not_negative, allow_negative_numbers = true)]
+    pub atol: f64,
+}
+
+impl From<ToleranceFlags> for Tolerance {
+    fn from(flags: ToleranceFlags) -> Self {
+        Self { relative: flags.rtol, absolute: flags.atol }
+    }
+}
+
+fn not_negative(text: &str) -> Result<f64, String> {
+    let value: f64 = text.parse().map_err(|_| "not a number".to_owned())?;
+    if value >= 0.0 && value.is_finite() { Ok(value) } else { Err("must be a number from 0 up".to_owned()) }
+}
+
+/// What a run works on.
+#[derive(Clone, Copy, Debug)]
+pub enum Data<'a> {
+    /// See [`random_inputs`].
+    Random,
+    /// An archive of arrays by input name.
+    Npz(&'a Path),
+    /// Inputs, and references if there are any, by position.
+    TestData(&'a TestData),
+}
+
+/// What came out of a run.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct RunReport {
+    pub entry: String,
+    /// `random`, `npz` or `test data`.
+    pub inputs: &'static str,
+    pub seconds: f64,
+    pub outputs: Vec<OutputReport>,
+}
+
+/// One output. Numbers that are not finite are null in JSON.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct OutputReport {
+    pub name: String,
+    pub ty: String,
+    pub min: f64,
+    pub mean: f64,
+    pub max: f64,
+    pub comparison: Option<ComparisonReport>,
+}
+
+/// Distance of an output from its reference.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ComparisonReport {
+    pub passed: bool,
+    pub max_error: f64,
+    /// Over the largest reference value.
+    pub max_relative_error: f64,
+    pub beyond: u64,
+    /// Why nothing was compared, or the worst element.
+    pub remark: String,
+}
+
+/// The named entry, or the only one.
+///
+/// # Errors
+/// An unknown name, or no name where there are several.
+pub fn choose_entry<'a>(session: &'a Session, name: Option<&str>) -> Result<&'a PlanEntry, Failure> {
+    match (name, session.entries()) {
+        (Some(name), _) => Ok(session.entry(name)?),
+        (None, [entry]) => Ok(entry),
+        (None, entries) => {
+            let names: Vec<&str> = entries.iter().map(|entry| entry.name.as_str()).collect();
+            Err(Failure::new(Exit::Usage, format!("choose one of the entries with --entry: {}", names.join(", "))))
+        }
+    }
+}
+
+/// Loads a plan, runs an entry once and compares. Outputs are also written to the archive `save` if there is one.
+///
+/// # Errors
+/// A plan, input or file at fault. Being beyond the tolerance is no error here: see [`RunReport::exit`].
+pub fn run(
+    file: PlanFile,
+    entry: Option<&str>,
+    data: Data<'_>,
+    save: Option<&Path>,
+    tolerance: Tolerance,
+) -> Result<RunReport, Failure> {
+    let bytes = file.plan().manifest.weight_arena_bytes.iter().fold(0u64, |sum, &bytes| sum.saturating_add(bytes));
+    let bar = bytes_bar("loading weights", bytes);
+    let session = Session::load_file(file, Devices::Virtual, |done| bar.set_position(done))?;
+    bar.finish_and_clear();
+    let entry = choose_entry(&session, entry)?;
+    let (inputs, references, kind) = match data {
+        Data::Random => (random_inputs(entry, RANDOM_SEED)?, &[][..], "random"),
+        Data::Npz(path) => (read_npz(path)?, &[][..], "npz"),
+        Data::TestData(data) => (by_name(entry, data)?, &data.outputs[..], "test data"),
+    };
+    let mut context = session.context()?;
+    let start = Instant::now();
+    let outputs = context.run(&entry.name, &inputs)?;
+    let seconds = start.elapsed().as_secs_f64();
+    if let Some(path) = save {
+        write_npz(path, outputs.iter().map(|(name, tensor)| (name.as_str(), tensor)))?;
+    }
+    let report = |(position, (name, tensor)): (usize, &(String, Tensor))| {
+        output_report(name, tensor, references.get(position), tolerance)
+    };
+    let outputs = outputs.iter().enumerate().map(report).collect();
+    Ok(RunReport { entry: entry.name.clone(), inputs: kind, seconds, outputs })
+}
+
+/// Test data under the names of the entry's inputs.
+fn by_name(entry: &PlanEntry, data: &TestData) -> Result<BTreeMap<String, Tensor>, Failure> {
+    let counts =
+        [("input", data.inputs.len(), entry.inputs.len()), ("output", data.outputs.len(), entry.outputs.len())];
+    for (kind, given, expected) in counts {
+        // References are optional.
+        if given != expected && !(kind == "output" && given == 0) {
+            let message = format!(
+                "the test data has {given} {kind}s, entry `{}` has {expected}; give one {kind}_N.pb for each",
+                entry.name
+            );
+            return Err(Failure::new(Exit::Invalid, message));
+        }
+    }
+    Ok(entry.inputs.iter().map(|port| port.name.clone()).zip(data.inputs.iter().cloned()).collect())
+}
+
+fn output_report(name: &str, tensor: &Tensor, reference: Option<&Tensor>, tolerance: Tolerance) -> OutputReport {
+    let values = to_f64s(tensor);
+    // NaN wins: a report that hides one is worse than none.
+    let pick = |pick: fn(f64, f64) -> f64| {
+        let over = |a: f64, &b: &f64| if a.is_nan() || b.is_nan() { f64::NAN } else { pick(a, b) };
+        values.split_first().map_or(f64::NAN, |(&first, rest)| rest.iter().fold(first, over))
+    };
+    let mean = values.iter().sum::<f64>() / values.len() as f64;
+    let comparison = reference.map(|reference| match compare(tensor, reference, tolerance) {
+        Ok(comparison) => ComparisonReport {
+            passed: comparison.passes(),
+            max_error: comparison.max_error,
+            max_relative_error: comparison.max_relative_error,
+            beyond: comparison.beyond,
+            remark: comparison.worst.map_or_else(String::new, |worst| {
+                format!("element {}: {} for {}", worst.position, short(worst.actual), short(worst.expected))
+            }),
+        },
+        Err(remark) => ComparisonReport {
+            passed: false,
+            max_error: f64::INFINITY,
+            max_relative_error: f64::INFINITY,
+            beyond: values.len() as u64,
+            remark,
+        },
+    });
+    let (min, max) = (pick(f64::min), pick(f64::max));
+    OutputReport { name: name.to_owned(), ty: tensor.ty.to_string(), min, mean, max, comparison }
+}
+
+/// Seven digits, as many as an `f32` has.
+fn short(value: f64) -> String {
+    let digits = 6 - value.abs().max(1.0).log10().clamp(0.0, 6.0) as usize;
+    let text = format!("{value:.digits$}");
+    if value.fract() == 0.0 || !value.is_finite() { value.to_string() } else { text }
+}
+
+impl RunReport {
+    /// [`Exit::Beyond`] unless every comparison passed.
+    pub fn exit(&self) -> Exit {
+        let failed = |output: &OutputReport| output.comparison.as_ref().is_some_and(|comparison| !comparison.passed);
+        if self.outputs.iter().any(failed) { Exit::Beyond } else { Exit::Success }
+    }
+
+    /// For people.
+    pub fn text(&self) -> String {
+        let compared = self.outputs.iter().any(|output| output.comparison.is_some());
+        let mut table = Table::new();
+        table.load_style(UTF8_HORIZONTAL_ONLY);
+        let mut header = vec!["output", "type", "min", "mean", "max"];
+        if compared {
+            header.extend(["max error", "of largest", "beyond", "largest error at", ""]);
+        }
+        table.set_header(header);
+        for output in &self.outputs {
+            let mut row = vec![output.name.clone(), output.ty.clone()];
+            row.extend([output.min, output.mean, output.max].map(|value| format!("{value:.6}")));
+            if let Some(comparison) = &output.comparison {
+                row.push(format!("{:.2e}", comparison.max_error));
+                row.push(format!("{:.2e}", comparison.max_relative_error));
+                row.push(comparison.beyond.to_string());
+                row.push(comparison.remark.clone());
+                row.push(if comparison.passed { "ok" } else { "BEYOND TOLERANCE" }.to_owned());
+            }
+            table.add_row(row);
+        }
+        let time = time_text(self.seconds * 1e9);
+        format!("ran `{}` on virtual devices with {} inputs in {time}\n{table}\n", self.entry, self.inputs)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TOLERANCE: Tolerance = Tolerance { relative: 0.0, absolute: 0.1 };
+
+    fn vector(elements: &[f32]) -> Tensor {
+        Tensor::from_elements(&[elements.len() as u64], elements).unwrap()
+    }
+
+    fn report(actual: &[f32], expected: Option<&[f32]>) -> RunReport {
+        let expected = expected.map(vector);
+        let output = output_report("y", &vector(actual), expected.as_ref(), TOLERANCE);
+        RunReport { entry: "main".into(), inputs: "random", seconds: 0.5, outputs: vec![output] }
+    }
+
+    #[test]
+    fn comparisons_decide_the_exit_code() {
+        assert_eq!(report(&[1.0, 2.0], None).exit(), Exit::Success);
+        assert_eq!(report(&[1.0, 2.0], Some(&[1.05, 2.0])).exit(), Exit::Success);
+        let beyond = report(&[1.0, 2.0], Some(&[1.0, 3.0]));
+        assert_eq!(beyond.exit(), Exit::Beyond);
+        let text = beyond.text();
+        assert!(text.contains("element 1: 2 for 3") && text.contains("BEYOND") && text.contains("500.0 ms"), "{text}");
+        let other_shape = report(&[1.0, 2.0], Some(&[1.0]));
+        assert_eq!(other_shape.exit(), Exit::Beyond);
+        assert!(other_shape.text().contains("f32[2], the reference is f32[1]"));
+    }
+
+    #[test]
+    fn elements_have_seven_digits() {
+        let numbers = [1.016_261_577_606_201_2, -4096.123_456_7, 3.0, f64::INFINITY];
+        assert_eq!(numbers.map(short), ["1.016262", "-4096.123", "3", "inf"]);
+    }
+
+    #[test]
+    fn statistics_show_what_is_not_a_number() {
+        let output = &report(&[1.0, f32::NAN, 3.0], None).outputs[0];
+        assert!(output.min.is_nan() && output.mean.is_nan() && output.max.is_nan());
+        let output = &report(&[1.0, -2.0, 4.0], None).outputs[0];
+        assert_eq!((output.min, output.mean, output.max), (-2.0, 1.0, 4.0));
+        assert!(serde_json::to_string(&report(&[f32::NAN], None)).unwrap().contains("\"min\":null"));
+    }
+}

@@ -1,0 +1,121 @@
+//! The binary `plan`: runs, inspects and verifies plans.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use planfile::{PlanError, PlanFile};
+use runtime::cli::{Data, Exit, Failure, ToleranceFlags, bytes_bar, finish, print, run, summary_text};
+use runtime::tensor_file::TestData;
+use serde_json::json;
+
+/// Runs, inspects and verifies plans that `compile` wrote.
+///
+/// Exit codes: 0 success; 1 beyond the tolerance, or verification failed; 2 wrong command line; 3 invalid plan or
+/// input; 4 a file could not be read or written; 70 internal error.
+#[derive(Parser)]
+#[command(name = "plan", version)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Runs a plan on virtual devices, one thread per device
+    Run {
+        plan: PathBuf,
+        /// Which entry; needed where there are several
+        #[arg(long, value_name = "NAME")]
+        entry: Option<String>,
+        /// Inputs by name; without them or --test-data, random ones: floating point in [-1, 1), integers 0 or 1
+        #[arg(long, value_name = "FILE.npz", conflicts_with = "test_data")]
+        inputs: Option<PathBuf>,
+        /// Where to write the outputs
+        #[arg(long, value_name = "FILE.npz")]
+        outputs: Option<PathBuf>,
+        /// Folder with input_0.pb, … and output_0.pb, … to compare with
+        #[arg(long, value_name = "DIR")]
+        test_data: Option<PathBuf>,
+        #[command(flatten)]
+        tolerance: ToleranceFlags,
+        /// The report for programs
+        #[arg(long)]
+        json: bool,
+    },
+    /// Shows signature, memory per device and steps
+    Inspect {
+        plan: PathBuf,
+        /// The summary for programs
+        #[arg(long, conflicts_with = "text")]
+        json: bool,
+        /// All of the plan, one fact a line
+        #[arg(long)]
+        text: bool,
+    },
+    /// Checks every hash, bound, order and collective
+    Verify {
+        plan: PathBuf,
+        /// The verdict for programs
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+fn main() -> ExitCode {
+    finish(execute(Arguments::parse().command))
+}
+
+fn execute(command: Command) -> Result<Exit, Failure> {
+    match command {
+        Command::Run { plan, entry, inputs, outputs, test_data, tolerance, json } => {
+            let test_data = test_data.map(|folder| TestData::read(&folder)).transpose()?;
+            let data = match (&inputs, &test_data) {
+                (Some(path), _) => Data::Npz(path),
+                (None, Some(data)) => Data::TestData(data),
+                (None, None) => Data::Random,
+            };
+            let file = PlanFile::open(&plan)?;
+            let report = run(file, entry.as_deref(), data, outputs.as_deref(), tolerance.into())?;
+            print(&if json { format!("{:#}\n", json!(report)) } else { report.text() })?;
+            Ok(report.exit())
+        }
+        Command::Inspect { plan, json, text } => {
+            let file = PlanFile::open(&plan)?;
+            let summary = planfile::summary::summary(file.plan());
+            print(&match (json, text) {
+                (true, _) => format!("{:#}\n", json!(summary)),
+                (false, true) => planfile::text::text(file.plan()),
+                (false, false) => summary_text(&summary),
+            })?;
+            Ok(Exit::Success)
+        }
+        Command::Verify { plan, json } => match verify(&plan) {
+            Ok(bytes) => {
+                print(&if json {
+                    format!("{:#}\n", json!({ "sound": true, "bytes": bytes }))
+                } else {
+                    format!("{} is sound: every byte matches its hash, and the plan holds together\n", plan.display())
+                })?;
+                Ok(Exit::Success)
+            }
+            Err(error @ (PlanError::Io { .. } | PlanError::NotAFile { .. })) => Err(error.into()),
+            Err(error) if json => {
+                print(&format!("{:#}\n", json!({ "sound": false, "error": error.to_string() })))?;
+                Ok(Exit::Beyond)
+            }
+            Err(error) => Err(Failure::new(Exit::Beyond, error)),
+        },
+    }
+}
+
+/// Checks the whole file; its length in bytes.
+fn verify(path: &std::path::Path) -> Result<u64, PlanError> {
+    let file = PlanFile::open(path)?;
+    let length = file.span(planfile::container::Section::Weights);
+    let total = length.offset.saturating_add(length.bytes);
+    let bar = bytes_bar("verifying", total);
+    file.verify_all(|done| bar.set_position(done))?;
+    bar.finish_and_clear();
+    Ok(total)
+}

@@ -1,0 +1,224 @@
+//! Tensors by name in NumPy's `.npz` archives.
+//!
+//! NumPy has no bfloat16; such tensors are written as two-byte voids (`V2`), as its extension package `ml_dtypes` does,
+//! and two-byte voids are read as bfloat16.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{BufReader, BufWriter, Read, Seek, Write};
+use std::path::Path;
+
+use npyz::npz::{NpzArchive, NpzWriter};
+use npyz::zip::CompressionMethod;
+use npyz::zip::write::FileOptions;
+use npyz::{Endianness, NpyHeader, Order, TypeChar, WriterBuilder};
+use planfile::{DType, Tensor, TensorType};
+
+use crate::memory::allocate;
+use crate::tensor_file::TensorFileError;
+
+/// Reads all arrays of the archive at `path`.
+///
+/// # Errors
+/// [`TensorFileError`]: a file that cannot be read, is no archive, or holds arrays of another kind than tensors.
+pub fn read_npz(path: &Path) -> Result<BTreeMap<String, Tensor>, TensorFileError> {
+    let io_error = |source| TensorFileError::Io { action: "open", path: path.to_owned(), source };
+    let file = File::open(path).map_err(io_error)?;
+    if !file.metadata().map_err(io_error)?.is_file() {
+        return Err(TensorFileError::NotAFile { path: path.to_owned() });
+    }
+    let mut archive = NpzArchive::new(BufReader::new(file))
+        .map_err(|error| TensorFileError::NotAnArchive { path: path.to_owned(), what: error.to_string() })?;
+    let names: Vec<String> = archive.array_names().map(str::to_owned).collect();
+    let mut tensors = BTreeMap::new();
+    for name in names {
+        let failed = |what| TensorFileError::Array { path: path.to_owned(), array: name.clone(), what };
+        let tensor = read_array(&mut archive, &name).map_err(failed)?;
+        if tensors.insert(name.clone(), tensor).is_some() {
+            return Err(failed("it is there twice".to_owned()));
+        }
+    }
+    Ok(tensors)
+}
+
+fn read_array<R: Read + Seek>(archive: &mut NpzArchive<R>, name: &str) -> Result<Tensor, String> {
+    let file = npyz::npz::file_name_from_array_name(name);
+    let mut entry = archive.zip_archive().by_name(&file).map_err(|error| error.to_string())?;
+    let header = NpyHeader::from_reader(&mut entry).map_err(|error| error.to_string())?;
+    let (dtype, swapped) = element_type(&header)?;
+    let shape = header.shape();
+    if header.order() == Order::Fortran && shape.iter().filter(|&&size| size != 1).count() > 1 {
+        return Err("it is in column-major order; store `numpy.ascontiguousarray` of it".to_owned());
+    }
+    let ty = TensorType::new(dtype, shape);
+    let bytes = ty.bytes().ok_or_else(|| format!("{ty} does not fit in memory"))?;
+    let mut data = allocate(bytes, || ty.to_string()).map_err(|error| error.to_string())?;
+    entry.read_exact(data.bytes_mut()).map_err(|error| format!("{ty} takes {bytes} bytes: {error}"))?;
+    if entry.read(&mut [0]).map_err(|error| error.to_string())? != 0 {
+        return Err(format!("it has more bytes than {ty} takes"));
+    }
+    if swapped {
+        data.bytes_mut().chunks_exact_mut(dtype.bytes()).for_each(<[u8]>::reverse);
+    }
+    if dtype == DType::Bool && data.bytes().iter().any(|&byte| byte > 1) {
+        return Err("a boolean is neither 0 nor 1".to_owned());
+    }
+    Ok(Tensor { ty, data })
+}
+
+/// The element type, and whether it is stored big-endian.
+fn element_type(header: &NpyHeader) -> Result<(DType, bool), String> {
+    let descr = header.dtype();
+    let unsupported = || format!("element type {} is not supported; convert it", descr.descr());
+    let npyz::DType::Plain(plain) = &descr else { return Err(unsupported()) };
+    let dtype = match (plain.type_char(), plain.size_field()) {
+        (TypeChar::Bool, 1) => DType::Bool,
+        (TypeChar::Uint, 1) => DType::U8,
+        (TypeChar::Uint, 2) => DType::U16,
+        (TypeChar::Uint, 4) => DType::U32,
+        (TypeChar::Uint, 8) => DType::U64,
+        (TypeChar::Int, 1) => DType::I8,
+        (TypeChar::Int, 2) => DType::I16,
+        (TypeChar::Int, 4) => DType::I32,
+        (TypeChar::Int, 8) => DType::I64,
+        (TypeChar::Float, 2) => DType::F16,
+        (TypeChar::Float, 4) => DType::F32,
+        (TypeChar::Float, 8) => DType::F64,
+        (TypeChar::RawData, 2) => DType::BF16,
+        _ => return Err(unsupported()),
+    };
+    Ok((dtype, plain.endianness() == Endianness::Big))
+}
+
+/// Type string of the array interface.
+const fn type_string(dtype: DType) -> &'static str {
+    match dtype {
+        DType::Bool => "|b1",
+        DType::U8 => "|u1",
+        DType::U16 => "<u2",
+        DType::U32 => "<u4",
+        DType::U64 => "<u8",
+        DType::I8 => "|i1",
+        DType::I16 => "<i2",
+        DType::I32 => "<i4",
+        DType::I64 => "<i8",
+        DType::F16 => "<f2",
+        DType::BF16 => "|V2",
+        DType::F32 => "<f4",
+        DType::F64 => "<f8",
+    }
+}
+
+/// Writes tensors to the archive at `path`, uncompressed: beside it first, so that an older file there is replaced by a
+/// whole one or not at all.
+///
+/// # Errors
+/// [`TensorFileError::Io`], disk full included.
+pub fn write_npz<'a>(
+    path: &Path,
+    tensors: impl IntoIterator<Item = (&'a str, &'a Tensor)>,
+) -> Result<(), TensorFileError> {
+    let failed = |source| TensorFileError::Io { action: "write", path: path.to_owned(), source };
+    if path.metadata().is_ok_and(|metadata| !metadata.is_file()) {
+        return Err(TensorFileError::NotAFile { path: path.to_owned() });
+    }
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut file = tempfile::Builder::new().prefix(".npz-").tempfile_in(folder).map_err(failed)?;
+    write_archive(file.as_file_mut(), tensors).map_err(failed)?;
+    file.persist(path).map(drop).map_err(|error| failed(error.error))
+}
+
+fn write_archive<'a>(file: &mut File, tensors: impl IntoIterator<Item = (&'a str, &'a Tensor)>) -> std::io::Result<()> {
+    let mut buffered = BufWriter::new(file);
+    let mut writer = NpzWriter::new(&mut buffered);
+    for (name, tensor) in tensors {
+        let options = FileOptions::default().compression_method(CompressionMethod::Stored).large_file(true);
+        let entry = npyz::npz::file_name_from_array_name(name);
+        writer.zip_writer().start_file(entry, options)?;
+        let header = header(&tensor.ty)?;
+        writer.zip_writer().write_all(&header)?;
+        writer.zip_writer().write_all(tensor.data.bytes())?;
+    }
+    writer.zip_writer().finish()?;
+    drop(writer);
+    buffered.flush()
+}
+
+/// The header of an array.
+fn header(ty: &TensorType) -> std::io::Result<Vec<u8>> {
+    let invalid = |error: &dyn ToString| std::io::Error::other(error.to_string());
+    let plain = type_string(ty.dtype).parse().map_err(|error: npyz::ParseTypeStrError| invalid(&error))?;
+    let mut bytes = Vec::new();
+    npyz::WriteOptions::new_header_only()
+        .dtype(npyz::DType::Plain(plain))
+        .shape(&ty.sizes())
+        .writer(&mut bytes)
+        .write_header_only()?;
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample(dtype: DType) -> Tensor {
+        let ty = TensorType::new(dtype, &[2, 3]);
+        let bytes: Vec<u8> =
+            (0..6 * dtype.bytes()).map(|byte| if dtype == DType::Bool { 1 } else { byte as u8 }).collect();
+        Tensor::from_bytes(ty, &bytes).unwrap()
+    }
+
+    #[test]
+    fn every_type_round_trips() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.npz");
+        let mut tensors: BTreeMap<String, Tensor> =
+            DType::ALL.into_iter().map(|dtype| (format!("a/{dtype}"), sample(dtype))).collect();
+        tensors.insert("scalar".to_owned(), Tensor::from_elements(&[], &[1.5f32]).unwrap());
+        tensors.insert("empty".to_owned(), Tensor::from_elements::<i64>(&[0, 4], &[]).unwrap());
+        write_npz(&path, tensors.iter().map(|(name, tensor)| (name.as_str(), tensor))).unwrap();
+        assert_eq!(read_npz(&path).unwrap(), tensors);
+    }
+
+    #[test]
+    fn what_is_no_archive_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.npz");
+        assert!(matches!(read_npz(&path), Err(TensorFileError::Io { .. })));
+        assert!(matches!(read_npz(folder.path()), Err(TensorFileError::NotAFile { .. })));
+        std::fs::write(&path, b"not an archive").unwrap();
+        assert!(matches!(read_npz(&path), Err(TensorFileError::NotAnArchive { .. })));
+    }
+
+    /// An archive of one array with this header text and data.
+    fn archive(folder: &Path, header: &str, data: &[u8]) -> Result<BTreeMap<String, Tensor>, TensorFileError> {
+        let path = folder.join("x.npz");
+        let mut writer = npyz::zip::ZipWriter::new(File::create(&path).unwrap());
+        writer.start_file("x.npy", FileOptions::default()).unwrap();
+        writer.write_all(b"\x93NUMPY\x01\x00").unwrap();
+        writer.write_all(&(header.len() as u16).to_le_bytes()).unwrap();
+        writer.write_all(header.as_bytes()).unwrap();
+        writer.write_all(data).unwrap();
+        writer.finish().unwrap();
+        read_npz(&path)
+    }
+
+    #[test]
+    fn other_layouts_are_read_or_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let read = |header: &str, data: &[u8]| archive(folder.path(), header, data);
+        let big = read("{'descr': '>i2', 'fortran_order': False, 'shape': (2,)}\n", &[1, 0, 0, 2]).unwrap();
+        assert_eq!(big["x"].elements::<i16>().unwrap(), [256, 2]);
+        let message = |header: &str, data: &[u8]| read(header, data).unwrap_err().to_string();
+        let columns = message("{'descr': '|u1', 'fortran_order': True, 'shape': (2, 2)}\n", &[0; 4]);
+        assert!(columns.contains("column-major"), "{columns}");
+        let complex = message("{'descr': '<c8', 'fortran_order': False, 'shape': (1,)}\n", &[0; 8]);
+        assert!(complex.contains("'<c8' is not supported"), "{complex}");
+        let short = message("{'descr': '<f4', 'fortran_order': False, 'shape': (2,)}\n", &[0; 7]);
+        assert!(short.contains("f32[2] takes 8 bytes"), "{short}");
+        let long = message("{'descr': '<f4', 'fortran_order': False, 'shape': (1,)}\n", &[0; 8]);
+        assert!(long.contains("more bytes"), "{long}");
+        let huge = message("{'descr': '<f8', 'fortran_order': False, 'shape': (4611686018427387904,)}\n", &[]);
+        assert!(huge.contains("does not fit"), "{huge}");
+    }
+}

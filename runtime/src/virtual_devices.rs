@@ -1,0 +1,326 @@
+//! Virtual devices: one thread per rank executes its programs step by step on host memory.
+//!
+//! Issue order satisfies every edge of a verified program, so streams and waits need no attention here. Combinations
+//! are made in the order of the group, once, so all ranks hold the same bits, in every run.
+
+use std::thread;
+
+use cpu::{View, ViewMut, combine, execute};
+use planfile::plan::{Action, Binding, Place, Plan, PlanEntry, Program, Step};
+use planfile::{Buffer, Op, RankScalar, Tensor, TensorType};
+
+use crate::error::{RuntimeError, StepError};
+use crate::exchange::{Exchange, Meeting, Route};
+use crate::memory::Memory;
+use crate::pieces::{Part, is_repeated};
+use crate::spec::run_spec;
+
+/// Runs an entry on all ranks. `inputs` are whole tensors in the order of the entry's ports, of their types; `arenas` and
+/// `weights` are by rank. The outputs are whole tensors in the order of the ports.
+///
+/// # Errors
+/// The first rank's that failed by itself; the other ranks then stop too.
+pub(crate) fn run_entry(
+    plan: &Plan,
+    entry: &PlanEntry,
+    inputs: &[&Tensor],
+    arenas: &mut [Buffer],
+    weights: &[Buffer],
+) -> Result<Vec<Tensor>, RuntimeError> {
+    let exchange = Exchange::default();
+    let outcomes: Vec<(u32, thread::Result<Result<Vec<Piece>, RuntimeError>>)> = thread::scope(|scope| {
+        let mut threads = Vec::new();
+        for ((rank, arena), weights) in (0u32..).zip(arenas).zip(weights) {
+            let device = Device { plan, entry, inputs, rank, exchange: &exchange };
+            threads.push((rank, scope.spawn(move || device.run(arena.bytes_mut(), weights.bytes()))));
+        }
+        threads.into_iter().map(|(rank, thread)| (rank, thread.join())).collect()
+    });
+    let mut pieces = Vec::new();
+    let mut abandoned = None;
+    let mut failure = None;
+    for (rank, outcome) in outcomes {
+        match outcome {
+            Ok(Ok(of_rank)) => pieces.extend(of_rank),
+            Ok(Err(error @ RuntimeError::Step { source: StepError::Abandoned, .. })) => {
+                abandoned.get_or_insert(error);
+            }
+            Ok(Err(error)) => {
+                failure.get_or_insert(error);
+            }
+            Err(_) => {
+                failure.get_or_insert(RuntimeError::Panicked { rank });
+            }
+        }
+    }
+    match failure.or(abandoned) {
+        Some(error) => Err(error),
+        None => assemble(plan, entry, pieces),
+    }
+}
+
+/// What one rank holds of an output.
+struct Piece {
+    program: usize,
+    /// Position among the program's outputs.
+    binding: usize,
+    /// Position of the rank among the stage's.
+    position: usize,
+    bytes: Vec<u8>,
+}
+
+/// Puts outputs together from what the ranks hold.
+fn assemble(plan: &Plan, entry: &PlanEntry, pieces: Vec<Piece>) -> Result<Vec<Tensor>, RuntimeError> {
+    let contradiction = |what: String| RuntimeError::Contradiction { what };
+    let mut outputs = Vec::with_capacity(entry.outputs.len());
+    for port in &entry.outputs {
+        let bytes = port.ty.bytes().unwrap_or(u64::MAX);
+        let data = crate::memory::allocate(bytes, || format!("output `{}`", port.name))?;
+        outputs.push((Tensor { ty: port.ty.clone(), data }, 0usize));
+    }
+    for piece in pieces {
+        let binding = &plan.programs[piece.program].outputs[piece.binding];
+        let Some((output, copied)) = outputs.get_mut(binding.port as usize) else {
+            return Err(contradiction(format!("there is no output number {}", binding.port)));
+        };
+        let part = PartOf::new(&output.ty, binding);
+        let bytes = part.at(piece.position).gather(&piece.bytes, output.data.bytes_mut());
+        *copied += bytes.ok_or_else(|| contradiction(misfit("output", binding)))?;
+    }
+    for ((output, copied), port) in outputs.iter().zip(&entry.outputs) {
+        if *copied != output.data.len() {
+            let expected = output.data.len();
+            return Err(contradiction(format!("ranks hold {copied} bytes of output `{}` of {expected}", port.name)));
+        }
+    }
+    Ok(outputs.into_iter().map(|(output, _)| output).collect())
+}
+
+fn misfit(what: &str, binding: &Binding) -> String {
+    format!("the split of {what} {} does not fit its sizes", binding.port)
+}
+
+/// Sizes of a port and of its binding, whichever rank's.
+struct PartOf<'a> {
+    whole: Vec<u64>,
+    local: Vec<u64>,
+    binding: &'a Binding,
+}
+
+impl<'a> PartOf<'a> {
+    fn new(ty: &TensorType, binding: &'a Binding) -> Self {
+        Self { whole: ty.sizes(), local: binding.place.ty.sizes(), binding }
+    }
+
+    fn at(&self, position: usize) -> Part<'_> {
+        let element_bytes = self.binding.place.ty.dtype.bytes();
+        Part { whole: &self.whole, local: &self.local, splits: &self.binding.splits, position, element_bytes }
+    }
+}
+
+/// One rank and what it can see.
+#[derive(Clone, Copy)]
+struct Device<'a> {
+    plan: &'a Plan,
+    entry: &'a PlanEntry,
+    inputs: &'a [&'a Tensor],
+    rank: u32,
+    exchange: &'a Exchange,
+}
+
+impl Device<'_> {
+    /// Runs the stages that this rank is in; what it holds of the outputs, unless a rank before it holds the same.
+    fn run(self, arena: &mut [u8], weights: &[u8]) -> Result<Vec<Piece>, RuntimeError> {
+        let watch = self.exchange.watch();
+        let mut pieces = Vec::new();
+        let mut memory = Memory { arena, weights };
+        for &index in &self.entry.programs {
+            let index = index as usize;
+            let program = self.plan.programs.get(index).ok_or_else(|| RuntimeError::Contradiction {
+                what: format!("entry `{}` names program {index}, which is not there", self.entry.name),
+            })?;
+            let Some(position) = program.ranks.iter().position(|&rank| rank == self.rank) else { continue };
+            self.bring_inputs(program, position, &mut memory)?;
+            for (number, step) in program.steps.iter().enumerate() {
+                self.step((index, number), step, position, &mut memory).map_err(|source| RuntimeError::Step {
+                    rank: self.rank,
+                    program: index,
+                    step: number,
+                    origin: self.names(step),
+                    source,
+                })?;
+            }
+            for (number, binding) in program.outputs.iter().enumerate() {
+                if !is_repeated(&binding.splits, position) {
+                    let bytes = memory.read(&binding.place).map_err(|source| self.at_port(binding, &source))?;
+                    pieces.push(Piece { program: index, binding: number, position, bytes: bytes.to_vec() });
+                }
+            }
+        }
+        watch.finished();
+        Ok(pieces)
+    }
+
+    fn names(&self, step: &Step) -> Vec<String> {
+        let names = &self.plan.explanations.names;
+        step.origin.iter().filter_map(|&name| names.get(name as usize)).cloned().collect()
+    }
+
+    fn at_port(&self, binding: &Binding, source: &StepError) -> RuntimeError {
+        RuntimeError::Contradiction { what: format!("port {} on rank {}: {source}", binding.port, self.rank) }
+    }
+
+    fn bring_inputs(&self, program: &Program, position: usize, memory: &mut Memory<'_>) -> Result<(), RuntimeError> {
+        for binding in &program.inputs {
+            let input = self.inputs.get(binding.port as usize).ok_or_else(|| RuntimeError::Contradiction {
+                what: format!("there is no input number {}", binding.port),
+            })?;
+            let local = memory.write(&binding.place).map_err(|source| self.at_port(binding, &source))?;
+            let copied = PartOf::new(&input.ty, binding).at(position).scatter(input.data.bytes(), local);
+            copied.ok_or_else(|| RuntimeError::Contradiction { what: misfit("input", binding) })?;
+        }
+        Ok(())
+    }
+
+    fn step(&self, at: (usize, usize), step: &Step, position: usize, memory: &mut Memory<'_>) -> Result<(), StepError> {
+        match &step.action {
+            // A library computes what the kernel's spec says, too.
+            Action::Launch { kernel, operands, results, .. } | Action::Library { kernel, operands, results, .. } => {
+                let kernel = self.plan.kernels.get(*kernel as usize);
+                let kernel = kernel.ok_or_else(|| contradiction("its kernel is not in the plan"))?;
+                memory.step(operands, results, |inputs, outputs| run_spec(&kernel.spec, position, inputs, outputs))
+            }
+            Action::Collective { op, operands, results, algorithm: _ } => {
+                self.collective(at, op, operands, results, position, memory)
+            }
+            Action::Copy { from, to } => {
+                memory.step(std::slice::from_ref(from), std::slice::from_ref(to), |inputs, outputs| {
+                    copy(inputs[0].bytes, &mut outputs[0])
+                })
+            }
+            Action::Persistent { .. } => Err(StepError::Unsupported { what: "a persistent kernel" }),
+        }
+    }
+
+    fn collective(
+        &self,
+        (program, step): (usize, usize),
+        op: &Op,
+        operands: &[Place],
+        results: &[Place],
+        position: usize,
+        memory: &mut Memory<'_>,
+    ) -> Result<(), StepError> {
+        let peer = |peers: &[u32]| {
+            let peer = peers.get(position).copied();
+            peer.ok_or_else(|| contradiction("it has fewer peers than the stage has ranks"))
+        };
+        let groups = match op {
+            Op::Send { channel, peers } => {
+                let [operand] = operands else { return Err(contradiction("a send has one operand")) };
+                let route = Route { channel: *channel, from: self.rank, to: peer(peers)? };
+                self.exchange.send(route, Buffer::from_bytes(memory.read(operand)?));
+                return Ok(());
+            }
+            Op::Recv { channel, peers, ty: _ } => {
+                let [result] = results else { return Err(contradiction("a receive has one result")) };
+                let message = self.exchange.receive(Route { channel: *channel, from: peer(peers)?, to: self.rank })?;
+                let target = memory.write(result)?;
+                return copy(message.bytes(), &mut ViewMut { ty: &result.ty, bytes: target });
+            }
+            Op::AllReduce { groups, .. }
+            | Op::AllGather { groups, .. }
+            | Op::ReduceScatter { groups, .. }
+            | Op::AllToAll { groups, .. } => groups,
+            other => return Err(contradiction(format!("{} is no collective", other.name()))),
+        };
+        let ([operand], [result]) = (operands, results) else {
+            return Err(contradiction("a collective has one operand and one result"));
+        };
+        let find = |group: &Vec<u32>| group.iter().position(|&rank| rank == self.rank);
+        let found = groups.iter().enumerate().find_map(|(group, ranks)| Some((group, find(ranks)?, ranks.len())));
+        let (group, member, members) = found.ok_or_else(|| contradiction("the rank is in none of its groups"))?;
+        let part = Buffer::from_bytes(memory.read(operand)?);
+        let parts =
+            self.exchange.meet(Meeting { program, step, group }, (member, members), part, |parts| match op {
+                Op::AllReduce { combine, .. } | Op::ReduceScatter { combine, .. } => {
+                    combined(*combine, &operand.ty, parts).map(|whole| vec![whole])
+                }
+                _ => Ok(parts),
+            })?;
+        let bytes = memory.write(result)?;
+        let mut outputs = [ViewMut { ty: &result.ty, bytes }];
+        receive(op, &operand.ty, &parts, (member, members), &mut outputs)
+    }
+}
+
+fn contradiction(what: impl Into<String>) -> StepError {
+    StepError::Contradiction { what: what.into() }
+}
+
+fn copy(from: &[u8], to: &mut ViewMut<'_>) -> Result<(), StepError> {
+    if from.len() != to.bytes.len() {
+        return Err(contradiction(format!("{} bytes are copied to {}", from.len(), to.ty)));
+    }
+    to.bytes.copy_from_slice(from);
+    Ok(())
+}
+
+/// All parts combined in order.
+fn combined(how: planfile::Combine, ty: &TensorType, parts: Vec<Buffer>) -> Result<Buffer, StepError> {
+    let mut parts = parts.into_iter();
+    let mut whole = parts.next().unwrap_or_default();
+    for part in parts {
+        combine(how, ty.dtype, whole.bytes_mut(), part.bytes())?;
+    }
+    Ok(whole)
+}
+
+/// Takes what the `member`-th rank gets out of what the group brought: `parts` are all operands in order, or their
+/// combination.
+fn receive(
+    op: &Op,
+    ty: &TensorType,
+    parts: &[Buffer],
+    (member, members): (usize, usize),
+    outputs: &mut [ViewMut<'_>; 1],
+) -> Result<(), StepError> {
+    match op {
+        Op::AllGather { axis, .. } => {
+            let views: Vec<View<'_>> = parts.iter().map(|part| View { ty, bytes: part.bytes() }).collect();
+            Ok(execute(&Op::Concat { axis: *axis }, 0, &views, outputs)?)
+        }
+        Op::ReduceScatter { axis, .. } => {
+            let whole = parts.first().ok_or_else(|| contradiction("nothing was combined"))?;
+            let chunk = chunk_of(ty, *axis, member, members)?;
+            Ok(execute(&chunk, 0, &[View { ty, bytes: whole.bytes() }], outputs)?)
+        }
+        Op::AllToAll { split, concat, .. } => {
+            let chunk = chunk_of(ty, *split, member, members)?;
+            let mut tensors = Vec::with_capacity(parts.len());
+            for part in parts {
+                let whole = Tensor { ty: ty.clone(), data: part.clone() };
+                tensors.extend(cpu::evaluate(&chunk, &[&whole])?);
+            }
+            let views: Vec<View<'_>> = tensors.iter().map(View::from).collect();
+            Ok(execute(&Op::Concat { axis: *concat }, 0, &views, outputs)?)
+        }
+        _ => {
+            let whole = parts.first().ok_or_else(|| contradiction("nothing was combined"))?;
+            copy(whole.bytes(), &mut outputs[0])
+        }
+    }
+}
+
+/// The slice that is chunk `member` of `members` along `axis`.
+fn chunk_of(ty: &TensorType, axis: u8, member: usize, members: usize) -> Result<Op, StepError> {
+    let mut sizes = ty.sizes();
+    let (axis, members) = (usize::from(axis), members as u64);
+    let size = sizes.get_mut(axis).filter(|size| size.is_multiple_of(members));
+    let size = size.ok_or_else(|| contradiction(format!("axis {axis} of {ty} is not a multiple of {members}")))?;
+    *size /= members;
+    let start = (member as u64).checked_mul(*size).and_then(|start| i64::try_from(start).ok());
+    let start = start.ok_or_else(|| contradiction(format!("{ty} does not fit in memory")))?;
+    let starts = (0..sizes.len()).map(|dim| RankScalar::Uniform(if dim == axis { start } else { 0 })).collect();
+    Ok(Op::Slice { starts, steps: vec![1; sizes.len()], sizes })
+}

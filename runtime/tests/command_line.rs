@@ -1,0 +1,245 @@
+//! The command line `plan`: what it prints, what it leaves behind, and how it ends.
+
+#![expect(clippy::panic, clippy::unwrap_used, reason = "a test stops at the first surprise")]
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::PathBuf;
+use std::process::{Command, Output};
+
+use planfile::plan::*;
+use planfile::{DType, Expr, Op, PlanError, Spec, Tensor, TensorType, Unary, write_plan};
+use runtime::npz::{read_npz, write_npz};
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// `y = -x` on two ranks, each with a column of `x`, a 2 × 2 matrix.
+fn negation() -> Plan {
+    let (whole, part) = (TensorType::new(DType::F32, &[2, 2]), TensorType::new(DType::F32, &[2, 1]));
+    let place = |offset| Place { ty: part.clone(), at: Argument::Arena { offset } };
+    let piece = |global| vec![PlanPiece { global, local: 0, len: 1 }];
+    let splits = vec![SplitDim { dim: 1, pieces: vec![piece(0), piece(1)] }];
+    let negate = Op::Pointwise { expr: Expr::operand(0).unary(Unary::Neg), dims: part.dims.clone() };
+    let port = |name: &str| PlanPort { name: name.to_owned(), ty: whole.clone() };
+    let launch = Action::Launch {
+        kernel: 0,
+        operands: vec![place(0)],
+        results: vec![place(256)],
+        scalars: vec![],
+        launch: None,
+    };
+    Plan {
+        manifest: Manifest {
+            producer: "test".to_owned(),
+            model: "negation".to_owned(),
+            files: vec![],
+            mesh: vec![PlanAxis { name: "tensor".to_owned(), size: 2 }],
+            ranks: 2,
+            target: TargetRef { name: "cpu".to_owned(), architecture: "cpu".to_owned() },
+            entries: vec![PlanEntry {
+                name: "main".to_owned(),
+                inputs: vec![port("x")],
+                outputs: vec![port("y")],
+                pinned: vec![],
+                programs: vec![0],
+                predicted_ns: 1500,
+            }],
+            weights: vec![],
+            placed: vec![],
+            weight_arena_bytes: vec![0, 0],
+            image_bytes: 0,
+            states: vec![],
+            links: vec![],
+        },
+        programs: vec![Program {
+            entry: 0,
+            stage: 0,
+            ranks: vec![0, 1],
+            inputs: vec![Binding { port: 0, place: place(0), splits: splits.clone() }],
+            outputs: vec![Binding { port: 0, place: place(256), splits }],
+            steps: vec![Step { action: launch, stream: 0, waits: vec![], origin: vec![0], cost: StepCost::default() }],
+            arena_bytes: 512,
+            peer_arena_bytes: 0,
+            streams: 1,
+        }],
+        kernels: vec![Kernel {
+            name: "negate".to_owned(),
+            spec: Spec::of(negate, vec![part]).unwrap(),
+            implementation: Implementation::Reference,
+        }],
+        code: vec![],
+        explanations: Explanations { names: vec!["/Neg".to_owned()], ..Explanations::default() },
+    }
+}
+
+/// A folder with `x.plan` in it.
+struct Desk(TempDir);
+
+struct Ended {
+    code: i32,
+    out: String,
+    err: String,
+}
+
+impl Desk {
+    fn new() -> Self {
+        let desk = Self(tempfile::tempdir().unwrap());
+        write_plan::<PlanError>(&desk.path("x.plan"), &negation(), |_| Ok(())).unwrap();
+        desk
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn plan(&self, arguments: &[&str]) -> Ended {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_plan"));
+        let Output { status, stdout, stderr } = command.args(arguments).current_dir(self.0.path()).output().unwrap();
+        let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+        let (out, err) = (text(stdout), text(stderr));
+        let code = status.code().unwrap_or_else(|| panic!("{arguments:?} was killed: {err}"));
+        assert!(!err.contains("panicked"), "{err}");
+        Ended { code, out, err }
+    }
+
+    fn save(&self, name: &str, arrays: &[(&str, Tensor)]) {
+        write_npz(&self.path(name), arrays.iter().map(|(name, tensor)| (*name, tensor))).unwrap();
+    }
+
+    /// `data/input_0.pb` and `data/output_0.pb` with these elements.
+    fn test_data(&self, input: [f32; 4], output: [f32; 4]) {
+        fs::create_dir_all(self.path("data")).unwrap();
+        for (file, elements) in [("input_0.pb", input), ("output_0.pb", output)] {
+            // dims 2 and 2, data type 1, 16 raw bytes.
+            let mut bytes = vec![0x08, 2, 0x08, 2, 0x10, 1, 0x4a, 16];
+            bytes.extend(elements.iter().flat_map(|element| element.to_le_bytes()));
+            fs::write(self.path("data").join(file), bytes).unwrap();
+        }
+    }
+}
+
+impl Ended {
+    /// Ends with `code`, and says each of `words` in its message.
+    fn fails(&self, code: i32, words: &[&str]) {
+        assert_eq!(self.code, code, "{}{}", self.out, self.err);
+        for word in words {
+            assert!(self.err.contains(word), "`{word}` is not in\n{}", self.err);
+        }
+    }
+
+    fn succeeds(self) -> String {
+        assert_eq!(self.code, 0, "{}{}", self.out, self.err);
+        assert_eq!(self.err, "");
+        self.out
+    }
+}
+
+fn matrix(elements: [f32; 4]) -> Tensor {
+    Tensor::from_elements(&[2, 2], &elements).unwrap()
+}
+
+#[test]
+fn archives_go_in_and_out() {
+    let desk = Desk::new();
+    desk.save("in.npz", &[("x", matrix([1.0, 2.0, 3.0, 4.0]))]);
+    let out = desk.plan(&["run", "x.plan", "--inputs", "in.npz", "--outputs", "out.npz"]).succeeds();
+    assert!(out.lines().any(|line| line.contains("f32[2, 2]") && line.contains("-4.0")), "{out}");
+    let expected = BTreeMap::from([("y".to_owned(), matrix([-1.0, -2.0, -3.0, -4.0]))]);
+    assert_eq!(read_npz(&desk.path("out.npz")).unwrap(), expected);
+}
+
+#[test]
+fn test_data_is_compared() {
+    let desk = Desk::new();
+    let run = |flags: &[&str]| desk.plan(&[&["run", "x.plan", "--test-data", "data"], flags].concat());
+    desk.test_data([1.0, 2.0, 3.0, 4.0], [-1.0, -2.0, -3.0, -4.0]);
+    assert!(run(&[]).succeeds().contains("ok"));
+    desk.test_data([1.0, 2.0, 3.0, 4.0], [-1.0, -2.0, -3.0, -4.5]);
+    let beyond = run(&[]);
+    assert_eq!(beyond.code, 1, "{}", beyond.err);
+    assert!(beyond.out.contains("element 3: -4 for -4.5"), "{}", beyond.out);
+    run(&["--atol", "0.5"]).succeeds();
+    let report: Value = serde_json::from_str(&run(&["--json", "--rtol", "0.2"]).succeeds()).unwrap();
+    assert_eq!(report["outputs"][0]["comparison"]["max_error"], 0.5);
+    run(&["--rtol", "-1"]).fails(2, &["--rtol"]);
+    run(&["--rtol", "nan"]).fails(2, &["from 0 up"]);
+}
+
+#[test]
+fn random_inputs_are_the_same_in_every_run() {
+    let desk = Desk::new();
+    let run = || {
+        desk.plan(&["run", "x.plan", "--outputs", "y.npz"]).succeeds();
+        fs::read(desk.path("y.npz")).unwrap()
+    };
+    assert!(run() == run());
+}
+
+#[test]
+fn inputs_that_do_not_fit_end_with_3() {
+    let desk = Desk::new();
+    let run = |arrays: &[(&str, Tensor)]| {
+        desk.save("in.npz", arrays);
+        desk.plan(&["run", "x.plan", "--inputs", "in.npz"])
+    };
+    let ids = Tensor::from_elements(&[2, 2], &[0i64; 4]).unwrap();
+    run(&[("x", ids)]).fails(3, &["`x` must be f32[2, 2], given is i64[2, 2]"]);
+    let flat = Tensor::from_elements(&[4], &[0f32; 4]).unwrap();
+    run(&[("x", flat)]).fails(3, &["`x` must be f32[2, 2], given is f32[4]"]);
+    run(&[]).fails(3, &["`x` (f32[2, 2]) is missing"]);
+    run(&[("x", matrix([0.0; 4])), ("z", matrix([0.0; 4]))]).fails(3, &["no input `z`", "`x` (f32[2, 2])"]);
+    fs::write(desk.path("in.npz"), "text").unwrap();
+    desk.plan(&["run", "x.plan", "--inputs", "in.npz"]).fails(3, &["in.npz is no .npz archive"]);
+    desk.plan(&["run", "x.plan", "--entry", "decode"]).fails(3, &["no entry `decode`", "`main`"]);
+}
+
+#[test]
+fn plans_are_inspected_and_verified() {
+    let desk = Desk::new();
+    let out = desk.plan(&["inspect", "x.plan"]).succeeds();
+    for words in [["negation for cpu", "tensor=2"], ["x: f32[2, 2]", ""], ["0-1", "launch"], ["0-1", "512 B"]] {
+        assert!(out.lines().any(|line| words.iter().all(|word| line.contains(word))), "{words:?} in\n{out}");
+    }
+    let summary: Value = serde_json::from_str(&desk.plan(&["inspect", "x.plan", "--json"]).succeeds()).unwrap();
+    assert_eq!(summary["devices"][1]["activation_bytes"], 512);
+    assert!(desk.plan(&["inspect", "x.plan", "--text"]).succeeds().contains("/Neg"));
+    assert!(desk.plan(&["verify", "x.plan"]).succeeds().contains("x.plan is sound"));
+}
+
+#[test]
+fn damaged_plans_are_refused() {
+    let desk = Desk::new();
+    let whole = fs::read(desk.path("x.plan")).unwrap();
+    let mut flipped = whole.clone();
+    flipped[5000] ^= 1;
+    let mut newer = whole.clone();
+    newer[8] = 200;
+    let broken = [
+        (flipped, "do not match their hash"),
+        (newer, "format version 200"),
+        (whole[..whole.len() - 1].to_vec(), "is cut"),
+        (b"no plan".to_vec(), "not a plan"),
+    ];
+    for (bytes, words) in broken {
+        fs::write(desk.path("x.plan"), bytes).unwrap();
+        desk.plan(&["run", "x.plan"]).fails(3, &[words]);
+        desk.plan(&["verify", "x.plan"]).fails(1, &[words]);
+        let verdict = desk.plan(&["verify", "x.plan", "--json"]);
+        let json: Value = serde_json::from_str(&verdict.out).unwrap();
+        assert_eq!((verdict.code, &json["sound"]), (1, &Value::Bool(false)));
+    }
+}
+
+#[test]
+fn files_that_are_not_there_end_with_4_and_wrong_flags_with_2() {
+    let desk = Desk::new();
+    desk.plan(&["run", "none.plan"]).fails(4, &["none.plan"]);
+    desk.plan(&["verify", "."]).fails(4, &["not a regular file"]);
+    desk.plan(&["run", "x.plan", "--inputs", "none.npz"]).fails(4, &["none.npz"]);
+    desk.plan(&["run", "x.plan", "--outputs", "none/y.npz"]).fails(4, &["none/y.npz"]);
+    desk.plan(&["run", "x.plan", "--outputs", "/dev/full"]).fails(4, &["/dev/full"]);
+    desk.plan(&["run", "x.plan", "--inputs", "a.npz", "--test-data", "data"]).fails(2, &["--test-data"]);
+    desk.plan(&["inspect", "x.plan", "--json", "--text"]).fails(2, &["--text"]);
+    desk.plan(&["fly"]).fails(2, &["fly"]);
+    assert!(desk.plan(&["--help"]).succeeds().contains("Exit codes"));
+}

@@ -1,0 +1,136 @@
+//! From a model file to a plan file: loads, imports, compiles and writes.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use cpu::recipe::{WeightBytes, WeightReadError};
+use ir::Module;
+use onnx::load::{LoadOptions, Model, load};
+use onnx::source_files::{FileIndex, WeightFiles};
+use onnx::{Bindings, OnnxError};
+use passes::error::PassError;
+use passes::image::{self, ImageError};
+use passes::pipeline::{Options, Settings};
+use passes::shard::{MeshChoice, SPLIT_TABLE_BYTES, ShardOptions};
+use planfile::plan::Plan;
+use planfile::writer::{WeightSink, write_plan};
+use planfile::{PlanError, Target, Tensor};
+use thiserror::Error;
+
+/// What to compile, for what, and how.
+#[derive(Clone, Debug)]
+pub struct Request {
+    pub model: PathBuf,
+    pub load: LoadOptions,
+    pub bindings: Bindings,
+    /// Sample inputs by position: they bind dimensions, and values that shapes depend on.
+    pub samples: Vec<Tensor>,
+    pub mesh: MeshChoice,
+    pub split_table_bytes: u64,
+    pub target: Target,
+    pub options: Options,
+}
+
+/// Why a model was not compiled.
+#[derive(Debug, Error)]
+pub enum CompileError {
+    #[error(transparent)]
+    Model(#[from] OnnxError),
+    #[error(transparent)]
+    Pass(#[from] PassError),
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    #[error(transparent)]
+    Image(#[from] ImageError<PlanError>),
+    #[error("{given} sample inputs, but the model has {expected}: {names}; give one input_N.pb for each")]
+    Samples { given: usize, expected: usize, names: String },
+}
+
+/// A plan, and the files that its weights are made from.
+pub struct Compiled {
+    pub plan: Plan,
+    weights: Weights,
+}
+
+impl Request {
+    /// A request for one virtual device, with everything else at its default.
+    pub fn new(model: &Path, target: Target) -> Self {
+        Self {
+            model: model.to_owned(),
+            load: LoadOptions::default(),
+            bindings: Bindings::default(),
+            samples: Vec::new(),
+            mesh: MeshChoice::Devices(1),
+            split_table_bytes: SPLIT_TABLE_BYTES,
+            target,
+            options: Options::default(),
+        }
+    }
+
+    /// Compiles. `observer` sees the module after `import` and after each pass. `None` when the options stop early.
+    ///
+    /// # Errors
+    /// See [`CompileError`].
+    pub fn compile(&self, observer: &mut dyn FnMut(&str, &Module)) -> Result<Option<Compiled>, CompileError> {
+        let model = load(&self.model, &self.load)?;
+        let files = WeightFiles::open(&model.files)?;
+        let bindings = self.bind(&model)?;
+        let module = onnx::import(&model, &bindings, &files)?;
+        observer("import", &module);
+        let weights = Weights { files };
+        let settings = Settings {
+            weights: &weights,
+            options: self.options.clone(),
+            shard: ShardOptions { mesh: self.mesh.clone(), split_table_bytes: self.split_table_bytes },
+            target: &self.target,
+        };
+        let plan = passes::compile::run(module, &settings, observer)?;
+        Ok(plan.map(|plan| Compiled { plan, weights }))
+    }
+
+    /// The bindings, with samples under the names of the inputs they are for.
+    fn bind(&self, model: &Model) -> Result<Bindings, CompileError> {
+        let mut bindings = self.bindings.clone();
+        if self.samples.is_empty() {
+            return Ok(bindings);
+        }
+        let names: Vec<&str> = model.graph.inputs.iter().map(|input| input.name.as_str()).collect();
+        if names.len() != self.samples.len() {
+            let (given, expected) = (self.samples.len(), names.len());
+            return Err(CompileError::Samples { given, expected, names: names.join(", ") });
+        }
+        let samples = names.iter().zip(&self.samples).map(|(name, sample)| ((*name).to_owned(), sample.clone()));
+        bindings.samples.extend(samples.collect::<BTreeMap<_, _>>());
+        Ok(bindings)
+    }
+}
+
+impl Compiled {
+    /// Writes the plan to `path`, weights a tile at a time. `progress` is told how many bytes of weights are written.
+    ///
+    /// # Errors
+    /// A source file that cannot be read, or a plan that cannot be written; an old plan at `path` stays.
+    pub fn write(&self, path: &Path, mut progress: impl FnMut(u64)) -> Result<(), CompileError> {
+        write_plan(path, &self.plan, |sink: &mut WeightSink<'_>| {
+            let push = |bytes: &[u8]| {
+                let position = sink.position();
+                progress(position + bytes.len() as u64);
+                sink.push(position, bytes)
+            };
+            Ok(image::write(&self.plan, &self.weights, push)?)
+        })
+    }
+}
+
+/// The model's files, as recipes read them.
+struct Weights {
+    files: WeightFiles,
+}
+
+impl WeightBytes for Weights {
+    fn read(&self, file: u32, offset: u64, into: &mut [u8]) -> Result<(), WeightReadError> {
+        let bytes = into.len() as u64;
+        let read = self.files.read_at(FileIndex(file), offset, into);
+        read.map_err(|error| WeightReadError { file, offset, bytes, why: error.to_string() })
+    }
+}

@@ -1,0 +1,3 @@
+//! The compiler as a library: what the binary `compile` and the tests across crates drive.
+
+pub mod compiler;

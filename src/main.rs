@@ -1,0 +1,126 @@
+//! The binary `compile`: command line and reporting.
+
+mod arguments;
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+use clap::Parser;
+use cpu::recipe::RecipeError;
+use onnx::OnnxError;
+use passes::error::PassError;
+use passes::image::ImageError;
+use planfile::PlanFile;
+use planfile::summary::summary;
+use planwright::compiler::{CompileError, Compiled, Request};
+use runtime::cli::{Data, Exit, Failure, bytes_bar, finish, print, run, spinner, summary_text};
+use runtime::tensor_file::TestData;
+use serde_json::json;
+
+use crate::arguments::Arguments;
+
+fn main() -> ExitCode {
+    finish(execute(&Arguments::parse()))
+}
+
+fn execute(arguments: &Arguments) -> Result<Exit, Failure> {
+    let start = Instant::now();
+    let like = arguments.like.as_deref().map(TestData::read).transpose()?;
+    // Read before the work, so that a wrong path does not cost it.
+    let test_data = arguments.test_data.as_deref().map(TestData::read).transpose()?;
+    let request = arguments.request(like.as_ref())?;
+    let Some(compiled) = compile(arguments, &request)? else { return Ok(Exit::Success) };
+    let path = arguments.output()?;
+    let bar = bytes_bar("writing weights", compiled.plan.manifest.image_bytes);
+    compiled.write(&path, |done| bar.set_position(done)).map_err(failure)?;
+    bar.finish_and_clear();
+    let seconds = start.elapsed().as_secs_f64();
+    let summary = summary(&compiled.plan);
+    if !arguments.json {
+        print(&summary_text(&summary))?;
+        for sentence in &compiled.plan.explanations.sharding {
+            print(&format!("{sentence}\n"))?;
+        }
+        print(&format!("wrote {} in {seconds:.2} s\n", path.display()))?;
+    }
+    let report = match arguments.run {
+        false => None,
+        true => {
+            let data = test_data.as_ref().or(like.as_ref()).map_or(Data::Random, Data::TestData);
+            Some(run(PlanFile::open(&path)?, None, data, None, arguments.tolerance.into())?)
+        }
+    };
+    if arguments.json {
+        let explanations = &compiled.plan.explanations;
+        let all = json!({
+            "path": path, "seconds": seconds, "plan": summary, "sharding": explanations.sharding,
+            "alternatives": explanations.alternatives, "run": report,
+        });
+        print(&format!("{all:#}\n"))?;
+    } else if let Some(report) = &report {
+        print(&format!("\n{}", report.text()))?;
+    }
+    Ok(report.map_or(Exit::Success, |report| report.exit()))
+}
+
+/// Compiles; `None` when told to stop early. Shows modules that are asked for.
+fn compile(arguments: &Arguments, request: &Request) -> Result<Option<Compiled>, Failure> {
+    let spinner = spinner();
+    spinner.set_message("import");
+    let shown = arguments.print_after.as_deref().or(arguments.stop_after.as_deref());
+    let mut printed = Ok(());
+    let compiled = request.compile(&mut |pass, module| {
+        spinner.set_message(format!("after {pass}"));
+        if shown == Some(pass) && printed.is_ok() {
+            printed = spinner.suspend(|| print(&module.to_string()));
+        }
+    });
+    spinner.finish_and_clear();
+    printed?;
+    compiled.map_err(failure)
+}
+
+/// Whose fault it is.
+fn failure(error: CompileError) -> Failure {
+    let exit = match error {
+        CompileError::Plan(error) | CompileError::Image(ImageError::Sink(error)) => return written(error),
+        CompileError::Model(ref error) => model_exit(error),
+        CompileError::Pass(ref error) => match error {
+            PassError::Unsupported { .. } => Exit::Invalid,
+            PassError::UnknownPass { .. } => Exit::Usage,
+            PassError::Weights { source, .. } => recipe_exit(source),
+            PassError::Invalid { .. } | PassError::Ir(_) => Exit::Internal,
+        },
+        CompileError::Image(ImageError::Recipe { ref source, .. }) => recipe_exit(source),
+        CompileError::Image(ImageError::Layout { .. }) => Exit::Internal,
+        CompileError::Samples { .. } => Exit::Invalid,
+    };
+    Failure::new(exit, error)
+}
+
+/// A plan that does not verify before it is written is our bug, not the user's plan.
+fn written(error: planfile::PlanError) -> Failure {
+    match error {
+        planfile::PlanError::Invalid(_) => Failure::new(Exit::Internal, error),
+        error => error.into(),
+    }
+}
+
+fn model_exit(error: &OnnxError) -> Exit {
+    match error {
+        OnnxError::Io { .. }
+        | OnnxError::NotAFile { .. }
+        | OnnxError::MissingWeights { .. }
+        | OnnxError::AbsentFile { .. }
+        | OnnxError::FileChanged { .. } => Exit::File,
+        OnnxError::Binding(_) | OnnxError::UnboundDims(_) => Exit::Usage,
+        _ => Exit::Invalid,
+    }
+}
+
+fn recipe_exit(error: &RecipeError) -> Exit {
+    match error {
+        RecipeError::Read(_) => Exit::File,
+        RecipeError::Malformed(_) | RecipeError::Region { .. } | RecipeError::Evaluate(_) => Exit::Internal,
+    }
+}

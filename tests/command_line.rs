@@ -1,0 +1,217 @@
+//! The command lines `compile` and `plan`: what they print, what they leave behind, and how they end.
+
+#![expect(clippy::panic, clippy::unwrap_used, reason = "a test stops at the first surprise")]
+
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use tempfile::TempDir;
+
+fn fixture(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/onnx").join(path)
+}
+
+/// A folder to work in.
+struct Desk(TempDir);
+
+/// What a command printed, and its exit code.
+struct Ended {
+    code: i32,
+    out: String,
+    err: String,
+}
+
+impl Desk {
+    fn new() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn compile<S: AsRef<OsStr>>(&self, arguments: &[S]) -> Ended {
+        self.run(Command::new(env!("CARGO_BIN_EXE_compile")).args(arguments))
+    }
+
+    fn run(&self, command: &mut Command) -> Ended {
+        let Output { status, stdout, stderr } = command.current_dir(self.0.path()).output().unwrap();
+        let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+        let (out, err) = (text(stdout), text(stderr));
+        let code = status.code().unwrap_or_else(|| panic!("{command:?} was killed: {err}"));
+        assert!(!err.contains("panicked"), "{err}");
+        Ended { code, out, err }
+    }
+
+    /// Names of the files, sorted.
+    fn files(&self) -> Vec<String> {
+        let entries = fs::read_dir(self.0.path()).unwrap();
+        let mut names: Vec<String> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+}
+
+impl Ended {
+    /// Ends with `code`, and says each of `words` in its message.
+    fn fails(&self, code: i32, words: &[&str]) {
+        assert_eq!(self.code, code, "{}{}", self.out, self.err);
+        for word in words {
+            assert!(self.err.contains(word), "`{word}` is not in\n{}", self.err);
+        }
+    }
+
+    fn succeeds(self) -> String {
+        assert_eq!(self.code, 0, "{}{}", self.out, self.err);
+        // Quiet where standard error is no terminal.
+        assert_eq!(self.err, "");
+        self.out
+    }
+}
+
+fn bert(file: &str) -> String {
+    fixture("tiny_bert").join(file).display().to_string()
+}
+
+#[test]
+fn a_model_is_compiled_run_and_compared() {
+    let desk = Desk::new();
+    let (model, data) = (bert("model.onnx"), bert("test_data_set_0"));
+    let out = desk.compile(&[&model, "--like", &data, "--mesh", "tensor=2", "--run"]).succeeds();
+    for words in [["2 devices:", "cpu"], ["all_reduce", "main"], ["ok", "f32["]] {
+        assert!(out.lines().any(|line| words.iter().all(|word| line.contains(word))), "{words:?} in\n{out}");
+    }
+    assert_eq!(desk.files(), ["model.plan"]);
+}
+
+#[test]
+fn the_summary_is_there_for_programs() {
+    let desk = Desk::new();
+    let (model, data) = (bert("model.onnx"), bert("test_data_set_0"));
+    let arguments = [&model, "--like", &data, "--mesh", "data=1,tensor=2", "-o", "x.plan", "--run", "--json"];
+    let report: serde_json::Value = serde_json::from_str(&desk.compile(&arguments).succeeds()).unwrap();
+    assert_eq!(report["path"], "x.plan");
+    assert_eq!(report["plan"]["ranks"], 2);
+    assert_eq!(report["plan"]["mesh"][0]["name"], "tensor");
+    let output = &report["run"]["outputs"][0];
+    assert_eq!(output["comparison"]["passed"], true);
+    assert!(output["comparison"]["max_relative_error"].as_f64().unwrap() < 1e-5, "{output}");
+}
+
+#[test]
+fn the_same_bytes_from_any_folder_and_any_time() {
+    let desks = [Desk::new(), Desk::new()];
+    let (model, data) = (bert("model.onnx"), bert("test_data_set_0"));
+    let plans = desks.map(|desk| {
+        desk.compile(&[&model, "--like", &data, "--gpus", "4"]).succeeds();
+        fs::read(desk.path("model.plan")).unwrap()
+    });
+    assert!(plans[0] == plans[1]);
+}
+
+#[test]
+fn a_comparison_beyond_its_tolerance_ends_with_1() {
+    let desk = Desk::new();
+    let (model, data) = (bert("model.onnx"), bert("test_data_set_0"));
+    let data_of_another = desk.path("data");
+    fs::create_dir(&data_of_another).unwrap();
+    for file in ["input_0.pb", "input_1.pb", "input_2.pb", "output_0.pb"] {
+        fs::copy(Path::new(&data).join(file), data_of_another.join(file)).unwrap();
+    }
+    let path = data_of_another.join("output_0.pb");
+    let mut bytes = fs::read(&path).unwrap();
+    // The last float's exponent: raw data is the last field.
+    let last = bytes.len() - 1;
+    bytes[last] ^= 0x40;
+    fs::write(&path, bytes).unwrap();
+    let ended = desk.compile(&[&model, "--like", &data, "--run", "--test-data", "data"]);
+    assert_eq!(ended.code, 1, "{}{}", ended.out, ended.err);
+    assert!(ended.out.contains("BEYOND TOLERANCE"), "{}", ended.out);
+}
+
+#[test]
+fn passes_are_shown_in_text_form() {
+    let desk = Desk::new();
+    let (model, data) = (bert("model.onnx"), bert("test_data_set_0"));
+    let shown = desk.compile(&[&model, "--like", &data, "--stop-after", "simplify"]).succeeds();
+    assert!(ir::text::parse(&shown).is_ok(), "the text form does not parse");
+    assert!(desk.files().is_empty(), "{:?}", desk.files());
+    let imported = desk.compile(&[&model, "--like", &data, "--print-after", "import"]).succeeds();
+    assert!(imported.starts_with("module ") && desk.files() == ["model.plan"]);
+}
+
+#[test]
+fn wrong_command_lines_end_with_2() {
+    let desk = Desk::new();
+    let model = bert("model.onnx");
+    desk.compile::<&str>(&[]).fails(2, &["MODEL.onnx"]);
+    desk.compile(&[&model, "--fast"]).fails(2, &["--fast"]);
+    desk.compile(&[&model, "--gpus", "two"]).fails(2, &["two", "--gpus"]);
+    desk.compile(&[&model, "--mesh", "tensor=2", "--gpus", "3"]).fails(2, &["--mesh tensor=2", "--gpus says 3"]);
+    desk.compile(&[&model, "--dim", "nobody=3"]).fails(2, &["no dimension `nobody`", "batch"]);
+    desk.compile(&[&model]).fails(2, &["`batch`", "--dim batch=N", "--like DIR"]);
+    desk.compile(&[&model, "--stop-after", "sharding"]).fails(2, &["no pass `sharding`", "simplify"]);
+    assert!(desk.files().is_empty());
+}
+
+#[test]
+fn invalid_models_and_inputs_end_with_3() {
+    let desk = Desk::new();
+    let data = bert("test_data_set_0");
+    fs::write(desk.path("text.onnx"), "this is not a model").unwrap();
+    desk.compile(&["text.onnx"]).fails(3, &["text.onnx", "is not an ONNX model"]);
+    let whole = fs::read(bert("model.onnx")).unwrap();
+    fs::write(desk.path("cut.onnx"), &whole[..whole.len() / 2]).unwrap();
+    desk.compile(&["cut.onnx"]).fails(3, &["cut.onnx", "truncated"]);
+    let other = fixture("tiny_resnet/test_data_set_0").display().to_string();
+    desk.compile(&[&bert("model.onnx"), "--like", &other]).fails(3, &["1 sample inputs", "3"]);
+    let ended = desk.compile(&[&bert("model.onnx"), "--like", &data, "--run", "--test-data", &other]);
+    ended.fails(3, &["1 inputs", "has 3"]);
+    fs::write(desk.path("input_0.pb"), whole).unwrap();
+    desk.compile(&[&bert("model.onnx"), "--like", "."]).fails(3, &["input_0.pb", "no file with an ONNX tensor"]);
+    fs::write(desk.path("target.json"), "{}").unwrap();
+    desk.compile(&[&bert("model.onnx"), "--target", "target.json"]).fails(3, &["target.json", "missing field"]);
+}
+
+#[test]
+fn files_that_cannot_be_read_or_written_end_with_4() {
+    let desk = Desk::new();
+    let (model, data) = (bert("model.onnx"), bert("test_data_set_0"));
+    desk.compile(&["nothing.onnx"]).fails(4, &["nothing.onnx", "No such file"]);
+    desk.compile(&[&model, "--like", "nothing"]).fails(4, &["nothing"]);
+    desk.compile(&[&model, "--target", "nothing.json"]).fails(4, &["nothing.json"]);
+    let like = [&model, "--like", &data];
+    desk.compile(&[&like[..], &["-o", "/dev/full"]].concat()).fails(4, &["/dev/full", "not a regular file"]);
+    desk.compile(&[&like[..], &["-o", "no/folder/x.plan"]].concat()).fails(4, &["no/folder"]);
+    fs::write(desk.path("folder"), "").unwrap();
+    desk.compile(&[&like[..], &["-o", "folder/x.plan"]].concat()).fails(4, &["folder/x.plan"]);
+}
+
+/// A file system without room is imitated by a limit on the size of files.
+#[test]
+fn a_full_disk_leaves_the_old_plan() {
+    let desk = Desk::new();
+    let (model, data) = (bert("model.onnx"), bert("test_data_set_0"));
+    desk.compile(&[&model, "--like", &data]).succeeds();
+    let before = fs::read(desk.path("model.plan")).unwrap();
+    let script = "trap '' XFSZ; ulimit -f 8; exec \"$@\"";
+    let mut command = Command::new("bash");
+    command.args(["-c", script, "bash", env!("CARGO_BIN_EXE_compile"), &model, "--like", &data, "--gpus", "2"]);
+    desk.run(&mut command).fails(4, &["model.plan", "File too large"]);
+    assert!(fs::read(desk.path("model.plan")).unwrap() == before);
+    assert_eq!(desk.files(), ["model.plan"]);
+}
+
+#[test]
+fn weights_may_be_noise() {
+    let desk = Desk::new();
+    let (model, data) = (bert("model.onnx"), bert("test_data_set_0"));
+    let plan = |seed: &str| {
+        desk.compile(&[&model, "--like", &data, "--weights", seed]).succeeds();
+        fs::read(desk.path("model.plan")).unwrap()
+    };
+    let (first, second) = (plan("random:1"), plan("random:2"));
+    assert!(first != second && first == plan("random:1"));
+}
