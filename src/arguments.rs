@@ -49,7 +49,7 @@ pub(crate) struct Arguments {
     /// Binds dimensions, and inputs that carry shapes, from input_0.pb, … of an ONNX test-data folder
     #[arg(long, value_name = "DIR")]
     pub(crate) like: Option<PathBuf>,
-    /// Replaces weights by noise of that seed; their files may be absent
+    /// Noise of that seed in place of weights whose file is absent
     #[arg(long, value_name = "random:SEED", value_parser = seed)]
     pub(crate) weights: Option<u64>,
     /// The machine to plan for: cpu, h200x4, h200x8 or a description

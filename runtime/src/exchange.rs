@@ -95,14 +95,14 @@ impl Exchange {
             if state.failed {
                 return Err(StepError::Abandoned);
             }
-            if let Some(gathering) = state.meetings.get_mut(&meeting) {
-                if let Some(outcome) = gathering.outcome.clone() {
-                    gathering.remaining -= 1;
-                    if gathering.remaining == 0 {
-                        state.meetings.remove(&meeting);
-                    }
-                    return Ok(outcome);
+            if let Some(gathering) = state.meetings.get_mut(&meeting)
+                && let Some(outcome) = gathering.outcome.clone()
+            {
+                gathering.remaining -= 1;
+                if gathering.remaining == 0 {
+                    state.meetings.remove(&meeting);
                 }
+                return Ok(outcome);
             }
             state = self.wait(state);
         }

@@ -28,28 +28,26 @@ pub(crate) fn run_entry(
     weights: &[Buffer],
 ) -> Result<Vec<Tensor>, RuntimeError> {
     let exchange = Exchange::default();
-    let outcomes: Vec<(u32, thread::Result<Result<Vec<Piece>, RuntimeError>>)> = thread::scope(|scope| {
+    let outcomes: Vec<Result<Vec<Piece>, RuntimeError>> = thread::scope(|scope| {
         let mut threads = Vec::new();
         for ((rank, arena), weights) in (0u32..).zip(arenas).zip(weights) {
             let device = Device { plan, entry, inputs, rank, exchange: &exchange };
             threads.push((rank, scope.spawn(move || device.run(arena.bytes_mut(), weights.bytes()))));
         }
-        threads.into_iter().map(|(rank, thread)| (rank, thread.join())).collect()
+        let panicked = |rank| Err(RuntimeError::Panicked { rank });
+        threads.into_iter().map(|(rank, thread)| thread.join().unwrap_or_else(|_| panicked(rank))).collect()
     });
     let mut pieces = Vec::new();
     let mut abandoned = None;
     let mut failure = None;
-    for (rank, outcome) in outcomes {
+    for outcome in outcomes {
         match outcome {
-            Ok(Ok(of_rank)) => pieces.extend(of_rank),
-            Ok(Err(error @ RuntimeError::Step { source: StepError::Abandoned, .. })) => {
+            Ok(of_rank) => pieces.extend(of_rank),
+            Err(error @ RuntimeError::Step { source: StepError::Abandoned, .. }) => {
                 abandoned.get_or_insert(error);
             }
-            Ok(Err(error)) => {
+            Err(error) => {
                 failure.get_or_insert(error);
-            }
-            Err(_) => {
-                failure.get_or_insert(RuntimeError::Panicked { rank });
             }
         }
     }

@@ -28,14 +28,15 @@ impl Stage<'_> {
         Ok(Local { value, global: of.global, placement: of.placement })
     }
 
-    /// Notes what a value is a shard of, and checks that its type says the same.
+    /// Notes what a value is a shard of, and checks that its type says the same. Replicated values are no shards.
     pub(crate) fn annotate(&mut self, value: ValueId, of: &Shard) -> Result<(), IrError> {
         let expected = of.placement.local_sizes(self.mesh, &of.global);
         if self.graph.ty(value).sizes() != expected {
             let why = format!("{value} is {} where its placement says {expected:?}", self.graph.ty(value));
             return Err(IrError::Graph { graph: self.graph.name.clone(), why });
         }
-        self.graph.values[value.index()].shard = Some(of.clone());
+        let replicated = of.placement == Placement::replicated();
+        self.graph.values[value.index()].shard = (!replicated).then(|| of.clone());
         Ok(())
     }
 

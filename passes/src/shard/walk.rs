@@ -120,10 +120,13 @@ impl<'a> Walk<'a> {
         let local = match def {
             ValueDef::Weight(_) | ValueDef::Input(_) if to.partial.is_none() => {
                 let ty = TensorType::new(self.source.ty(value).dtype, &to.local_sizes(self.policy.mesh, &global));
-                let graph = &mut self.stages[stage];
-                let shard = Some(Shard { global: global.clone(), placement: to.clone() });
-                graph.values.push(ir::Value { ty, def, shard });
-                Local { value: ValueId(graph.values.len() as u32 - 1), global, placement: to.clone() }
+                let shard = Shard { global: global.clone(), placement: to.clone() };
+                let value = self.on_stage(stage, |place| {
+                    place.graph.values.push(ir::Value { ty, def, shard: None });
+                    let value = ValueId(place.graph.values.len() as u32 - 1);
+                    place.annotate(value, &shard).map(|()| value)
+                })?;
+                Local { value, global, placement: to.clone() }
             }
             _ => {
                 let Some((at, home)) = self.home(value) else {

@@ -256,7 +256,7 @@ mod tests {
 
     #[test]
     fn elements_have_seven_digits() {
-        let numbers = [1.016_261_577_606_201_2, -4096.123_456_7, 3.0, f64::INFINITY];
+        let numbers = [1.016_261_577_606_201_2, -4_096.123_456, 3.0, f64::INFINITY];
         assert_eq!(numbers.map(short), ["1.016262", "-4096.123", "3", "inf"]);
     }
 

@@ -1,0 +1,58 @@
+//! Plan files: the same input gives the same bytes, wherever it lies and whenever it is compiled.
+
+use std::fs;
+use std::path::Path;
+
+use onnx::load::LoadOptions;
+use passes::shard::{MeshChoice, parse_mesh};
+use planfile::Target;
+use planwright::compiler::Request;
+use runtime::tensor_file::TestData;
+
+fn request(model: &Path, data: &TestData) -> Request {
+    let target = Target::from_json(include_str!("../fixtures/targets/cpu.json")).unwrap();
+    let mut request = Request::new(model, target);
+    request.samples.clone_from(&data.inputs);
+    request.mesh = MeshChoice::Fixed(parse_mesh("data=2,tensor=2").unwrap());
+    request
+}
+
+fn bytes(model: &Path, data: &TestData) -> Vec<u8> {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.plan");
+    request(model, data).compile(&mut |_, _| {}).unwrap().unwrap().write(&path, |_| {}).unwrap();
+    fs::read(path).unwrap()
+}
+
+#[test]
+fn same_bytes_in_every_run_and_folder() {
+    for name in ["tiny_mixtral", "tiny_resnet"] {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/onnx").join(name);
+        let data = TestData::read(&folder.join("test_data_set_0")).unwrap();
+        let elsewhere = tempfile::tempdir().unwrap();
+        let copy = elsewhere.path().join("model.onnx");
+        fs::copy(folder.join("model.onnx"), &copy).unwrap();
+        let first = bytes(&folder.join("model.onnx"), &data);
+        assert!(first == bytes(&folder.join("model.onnx"), &data), "{name}: two runs differ");
+        assert!(first == bytes(&copy, &data), "{name}: two folders differ");
+    }
+}
+
+/// A graph whose weight file is absent: refused, unless random weights stand in for planning.
+#[test]
+fn random_weights_stand_in_for_absent_files() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/external");
+    let mut request = request(&folder.join("model.onnx"), &TestData::default());
+    request.mesh = MeshChoice::Devices(1);
+    let refused = request.compile(&mut |_, _| {}).err().unwrap().to_string();
+    assert!(refused.contains("weights.bin") && refused.contains("--weights random:"), "{refused}");
+    request.load = LoadOptions { allow_missing_weights: true, ..LoadOptions::default() };
+    request.bindings.random_weights = Some(7);
+    let compiled = request.compile(&mut |_, _| {}).unwrap().unwrap();
+    let out = tempfile::tempdir().unwrap();
+    let [a, b] = ["a.plan", "b.plan"].map(|name| out.path().join(name));
+    compiled.write(&a, |_| {}).unwrap();
+    compiled.write(&b, |_| {}).unwrap();
+    assert!(fs::read(a).unwrap() == fs::read(b).unwrap());
+    assert!(compiled.plan.manifest.image_bytes >= 64 * 32 * 4);
+}
