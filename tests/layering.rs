@@ -18,7 +18,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("onnx", &["planfile", "cpu", "ir"]),
     ("passes", &["planfile", "cpu", "ir", "kernels"]),
     ("runtime", &["planfile", "cpu"]),
-    ("planwright", &["planfile", "ir", "onnx", "passes", "runtime"]),
+    ("planwright", &["planfile", "cpu", "ir", "onnx", "passes", "runtime"]),
 ];
 
 /// What `runtime` must not link, directly or through anything: it ships to production.

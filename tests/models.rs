@@ -1,5 +1,7 @@
 //! Every model, on every number of virtual devices, against its reference outputs.
 
+#![expect(clippy::unwrap_used, reason = "a test may stop at the first surprise, in its own functions too")]
+
 use std::path::{Path, PathBuf};
 
 use passes::shard::{MeshChoice, parse_mesh};

@@ -1,5 +1,7 @@
 //! Plan files: the same input gives the same bytes, wherever it lies and whenever it is compiled.
 
+#![expect(clippy::unwrap_used, reason = "a test may stop at the first surprise, in its own functions too")]
+
 use std::fs;
 use std::path::Path;
 

@@ -188,6 +188,14 @@ impl Split {
         self.segments.iter().any(|segment| segment.local(chunks) * chunks != segment.size)
     }
 
+    /// Whether every rank holds the same elements at the same places under both: they may differ in units alone.
+    pub fn same_layout(&self, other: &Self, mesh: &Mesh) -> bool {
+        let chunks = mesh.chunks(self.over);
+        let same = |(a, b): (&Segment, &Segment)| a.size == b.size && a.local(chunks) == b.local(chunks);
+        let alike = self.dim == other.dim && self.over == other.over && self.segments.len() == other.segments.len();
+        alike && self.segments.iter().zip(&other.segments).all(same)
+    }
+
     /// What `rank` holds, a piece per segment.
     pub fn pieces(&self, mesh: &Mesh, rank: u32) -> Vec<Piece> {
         let (chunks, chunk) = (mesh.chunks(self.over), mesh.chunk(self.over, rank));

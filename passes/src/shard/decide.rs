@@ -63,9 +63,22 @@ impl Policy<'_> {
         match &node.op {
             Op::Reshape { .. } => self.decide_reshape(graph, node, homes),
             Op::Slice { starts, steps, sizes } => decide_slice(graph, node, homes, starts, steps, sizes),
-            Op::Concat { axis } => decide_concat(graph, node, homes, usize::from(*axis)),
+            Op::Concat { axis } => self.decide_concat(graph, node, homes, usize::from(*axis)),
             _ => self.decide_by_factors(graph, node, homes),
         }
+    }
+
+    /// Where a result that was just split by columns is better made whole at once: its readers need it so.
+    pub(crate) fn settled(&self, node: &Node, result: usize, placement: &Placement) -> Placement {
+        let mut settled = placement.clone();
+        if matches!(node.op, Op::Dot { .. } | Op::Conv { .. }) {
+            let value = node.results[result];
+            settled.splits.retain(|split| {
+                let tensor = !split.over.intersection(self.tensor).is_empty();
+                !(tensor && self.hints.is_whole(value, usize::from(split.dim)))
+            });
+        }
+        settled
     }
 
     fn decide_by_factors(&self, graph: &Graph, node: &Node, homes: &[Option<Placement>]) -> Decision {
@@ -137,7 +150,7 @@ impl Policy<'_> {
             }
         }
         // Most chunks first, then the largest operand: moving that one would cost the most.
-        votes.sort_by(|a, b| (b.0, b.1).cmp(&(a.0, a.1)));
+        votes.sort_by_key(|vote| std::cmp::Reverse((vote.0, vote.1)));
         let mut assigned: Vec<Option<Assignment>> = vec![None; table.factors.len()];
         let mut used = SubAxes::NONE;
         for (_, _, factor, assignment) in votes {
@@ -254,6 +267,38 @@ impl Policy<'_> {
         let (kept, result) = reshape(self.mesh, &home, &from, &to);
         plain(vec![kept], vec![result])
     }
+
+    fn decide_concat(&self, graph: &Graph, node: &Node, homes: &[Option<Placement>], axis: usize) -> Decision {
+        let homes_known: Vec<&Placement> = homes.iter().flatten().collect();
+        let bytes = |position: usize| graph.ty(node.operands[position]).bytes().unwrap_or(0);
+        // The most split operand leads: the others are cut locally, or arrive as inputs already cut.
+        let chunks = |position: usize| homes[position].as_ref().map(|home| self.mesh.chunks(home.used()));
+        let largest = (0..homes.len())
+            .filter(|&position| homes[position].is_some())
+            .max_by_key(|&position| (chunks(position), bytes(position)));
+        let leader = largest.and_then(|position| homes[position].clone()).unwrap_or_default();
+        let mut common = Placement { splits: leader.splits.clone(), partial: None };
+        common.splits.retain(|split| usize::from(split.dim) != axis);
+        let along = leader.split(axis).map(|split| split.over);
+        let alike = along.filter(|&over| {
+            let same = |home: &&Placement| home.split(axis).is_some_and(|split| split.over == over);
+            homes_known.len() == homes.len() && homes_known.iter().all(same)
+        });
+        let mut operands = vec![common.clone(); node.operands.len()];
+        let mut result = common;
+        if let Some(over) = alike {
+            let mut segments = Vec::new();
+            for (operand, home) in operands.iter_mut().zip(&homes_known) {
+                let own = home.split(axis).map(|split| split.segments.clone()).unwrap_or_default();
+                segments.extend_from_slice(&own);
+                operand.splits.push(Split { dim: axis as u8, over, segments: own });
+                operand.splits.sort_by_key(|split| split.dim);
+            }
+            result.splits.push(Split { dim: axis as u8, over, segments });
+            result.splits.sort_by_key(|split| split.dim);
+        }
+        plain(operands, vec![result])
+    }
 }
 
 fn plain(operands: Vec<Placement>, results: Vec<Placement>) -> Decision {
@@ -285,33 +330,4 @@ fn decide_slice(
         }
     }
     plain(vec![kept], vec![result])
-}
-
-fn decide_concat(graph: &Graph, node: &Node, homes: &[Option<Placement>], axis: usize) -> Decision {
-    let homes_known: Vec<&Placement> = homes.iter().flatten().collect();
-    let bytes = |position: usize| graph.ty(node.operands[position]).bytes().unwrap_or(0);
-    let largest =
-        (0..homes.len()).filter(|&position| homes[position].is_some()).max_by_key(|&position| bytes(position));
-    let leader = largest.and_then(|position| homes[position].clone()).unwrap_or_default();
-    let mut common = Placement { splits: leader.splits.clone(), partial: None };
-    common.splits.retain(|split| usize::from(split.dim) != axis);
-    let along = leader.split(axis).map(|split| split.over);
-    let alike = along.filter(|&over| {
-        let same = |home: &&Placement| home.split(axis).is_some_and(|split| split.over == over);
-        homes_known.len() == homes.len() && homes_known.iter().all(same)
-    });
-    let mut operands = vec![common.clone(); node.operands.len()];
-    let mut result = common;
-    if let Some(over) = alike {
-        let mut segments = Vec::new();
-        for (operand, home) in operands.iter_mut().zip(&homes_known) {
-            let own = home.split(axis).map(|split| split.segments.clone()).unwrap_or_default();
-            segments.extend_from_slice(&own);
-            operand.splits.push(Split { dim: axis as u8, over, segments: own });
-            operand.splits.sort_by_key(|split| split.dim);
-        }
-        result.splits.push(Split { dim: axis as u8, over, segments });
-        result.splits.sort_by_key(|split| split.dim);
-    }
-    plain(operands, vec![result])
 }

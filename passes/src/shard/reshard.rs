@@ -65,17 +65,19 @@ impl Stage<'_> {
             now = self.gather(now, &split, origin)?;
         }
         for split in &to.splits {
-            if now.placement.split(usize::from(split.dim)) != Some(split) {
+            let held = now.placement.split(usize::from(split.dim));
+            if !held.is_some_and(|held| held.same_layout(split, self.mesh)) {
                 now = self.cut(now, split, origin)?;
             }
         }
+        now.placement = to.clone();
         Ok(now)
     }
 
     /// Whether the split is the wanted one, or a coarser one that local cuts refine.
     fn refines(&self, split: &Split, to: &Placement) -> bool {
         let Some(wanted) = to.split(usize::from(split.dim)) else { return false };
-        wanted == split || self.is_prefix(split, wanted)
+        wanted.same_layout(split, self.mesh) || self.is_prefix(split, wanted)
     }
 
     /// Whether each chunk of `wanted` lies in the same rank's chunk of `split`.

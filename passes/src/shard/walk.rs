@@ -210,6 +210,14 @@ impl<'a> Walk<'a> {
             self.located.insert((stage, value, shard.placement.clone()), local);
             self.homes.insert(value, (stage, shard.placement));
         }
+        for (position, &value) in node.results.iter().enumerate() {
+            let Some((_, home)) = self.homes.get(&value).cloned() else { continue };
+            let settled = self.policy.settled(node, position, &home);
+            if settled != home {
+                self.locate(stage, value, &settled, &node.origin)?;
+                self.homes.insert(value, (stage, settled));
+            }
+        }
         Ok(())
     }
 

@@ -51,23 +51,23 @@ impl Of {
     }
 }
 
-fn add(a: Expr, b: Expr) -> Expr {
+pub(super) fn add(a: Expr, b: Expr) -> Expr {
     a.binary(Binary::Add, b)
 }
 
-fn sub(a: Expr, b: Expr) -> Expr {
+pub(super) fn sub(a: Expr, b: Expr) -> Expr {
     a.binary(Binary::Sub, b)
 }
 
-fn mul(a: Expr, b: Expr) -> Expr {
+pub(super) fn mul(a: Expr, b: Expr) -> Expr {
     a.binary(Binary::Mul, b)
 }
 
-fn max(a: Expr, b: Expr) -> Expr {
+pub(super) fn max(a: Expr, b: Expr) -> Expr {
     a.binary(Binary::Max, b)
 }
 
-fn min(a: Expr, b: Expr) -> Expr {
+pub(super) fn min(a: Expr, b: Expr) -> Expr {
     a.binary(Binary::Min, b)
 }
 

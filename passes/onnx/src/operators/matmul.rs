@@ -24,7 +24,7 @@ fn matmul(ctx: &mut Context<'_>) -> Result<Vec<ValueId>, OpError> {
 }
 
 /// NumPy's `matmul` of two values of one element type.
-fn product(ctx: &mut Context<'_>, a: ValueId, b: ValueId) -> Result<ValueId, OpError> {
+pub(super) fn product(ctx: &mut Context<'_>, a: ValueId, b: ValueId) -> Result<ValueId, OpError> {
     let (left, right) = (ctx.sizes(a), ctx.sizes(b));
     if left.is_empty() || right.is_empty() {
         return Err(ctx.invalid("a scalar has no matrix product; use Mul"));

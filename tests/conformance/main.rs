@@ -1,0 +1,105 @@
+//! The node tests of ONNX, each compiled and run on one device and on two, against the committed table of results.
+//!
+//! `tests/conformance/cases.tsv` lists the cases: those of class `core` run, the others say why they do not.
+//! `tests/conformance/results.tsv` holds what became of each: the test fails when that changes, for the worse or for the
+//! better. `UPDATE_CONFORMANCE=1` rewrites the table and its summary instead; `CONFORMANCE_ONLY=part_of_a_name` runs
+//! some cases, prints their results in full and compares nothing.
+
+mod run;
+mod table;
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::{env, fs, thread};
+
+use table::{Case, Outcome, Row, Status};
+
+fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/conformance")
+}
+
+fn read(name: &str) -> String {
+    let path = folder().join(name);
+    fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+/// Runs the cases on as many threads as there are cores; rows in the order of the cases.
+fn run_all(cases: &[Case]) -> Vec<Row> {
+    let next = AtomicUsize::new(0);
+    let rows = Mutex::new(Vec::new());
+    let work = || {
+        while let Some(case) = cases.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let row = run::row(case);
+            rows.lock().unwrap_or_else(PoisonError::into_inner).push(row);
+        }
+    };
+    thread::scope(|scope| {
+        for _ in 0..thread::available_parallelism().map_or(1, usize::from) {
+            scope.spawn(work);
+        }
+    });
+    let mut rows = rows.into_inner().unwrap_or_else(PoisonError::into_inner);
+    rows.sort_by(|a, b| a.case.name.cmp(&b.case.name));
+    rows
+}
+
+#[test]
+fn node_tests() {
+    let mut cases = table::parse_cases(&read("cases.tsv"));
+    let suite = run::suite();
+    assert!(suite.is_dir(), "{} is missing; run `python3 fixtures/fetch.py`", suite.display());
+    let hook = std::panic::take_hook();
+    run::record_panics();
+    if let Ok(part) = env::var("CONFORMANCE_ONLY") {
+        cases.retain(|case| case.name.contains(&part));
+        for row in run_all(&cases) {
+            for (Outcome { status, reason }, devices) in row.outcomes.iter().zip(table::DEVICES) {
+                println!("{} {devices}: {} {reason}", row.case.name, status.name());
+            }
+        }
+        return;
+    }
+    let rows = run_all(&cases);
+    std::panic::set_hook(hook);
+    if env::var_os("UPDATE_CONFORMANCE").is_some() {
+        fs::write(folder().join("results.tsv"), table::to_tsv(&rows)).unwrap();
+        fs::write(folder().join("RESULTS.md"), table::summary(&rows)).unwrap();
+        return;
+    }
+    let committed = table::parse_rows(&read("results.tsv"));
+    let differences = table::differences(&committed, &rows);
+    assert!(
+        differences.is_empty(),
+        "{} results differ from tests/conformance/results.tsv:\n{}\nMend what got worse; then UPDATE_CONFORMANCE=1 \
+         rewrites the table.",
+        differences.len(),
+        differences.join("\n")
+    );
+}
+
+/// The table and its summary are of each other and of the list of cases.
+#[test]
+fn the_summary_is_that_of_the_table() {
+    let rows = table::parse_rows(&read("results.tsv"));
+    assert_eq!(table::summary(&rows), read("RESULTS.md"), "UPDATE_CONFORMANCE=1 rewrites the summary");
+    let mut cases = table::parse_cases(&read("cases.tsv"));
+    cases.sort_by(|a, b| a.name.cmp(&b.name));
+    assert_eq!(rows.into_iter().map(|row| row.case).collect::<Vec<_>>(), cases);
+}
+
+#[test]
+fn differences_tell_worse_from_better() {
+    let row = |status: Status| Row {
+        case: Case { name: "test_x".to_owned(), operator: "X".to_owned(), class: "core".to_owned() },
+        outcomes: [status, Status::Passed, Status::Whole]
+            .map(|status| Outcome { status, reason: String::new() })
+            .to_vec(),
+    };
+    let (passed, failed) = (row(Status::Passed), row(Status::Failed));
+    assert!(table::differences(&[passed.clone()], &[passed.clone()]).is_empty());
+    let worse = table::differences(&[passed.clone()], &[failed.clone()]);
+    assert_eq!(worse, ["WORSE   test_x, 1 device: passed, now failed "]);
+    let better = table::differences(&[failed], &[passed]);
+    assert_eq!(better, ["better  test_x, 1 device: failed, now passed "]);
+}

@@ -1,0 +1,187 @@
+//! Compiles and runs one case.
+
+use std::any::Any;
+use std::cell::RefCell;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+
+use onnx::OnnxError;
+use passes::error::PassError;
+use passes::shard::{MeshChoice, parse_mesh};
+use planfile::plan::{Action, Plan};
+use planfile::{DType, Target, Tensor};
+use planwright::compiler::{CompileError, Request};
+use runtime::compare::{Tolerance, compare};
+use runtime::tensor_file::TestData;
+use runtime::tensor_proto::read_tensor_proto;
+use runtime::{Devices, Session};
+
+use crate::table::{Case, DEVICES, Outcome, Row, Status};
+
+/// Characters of a reason that are kept.
+const REASON_CHARS: usize = 200;
+
+thread_local! {
+    /// Where the last panic of this thread was.
+    static PANIC_PLACE: RefCell<String> = const { RefCell::new(String::new()) };
+}
+
+/// The folder of the cases.
+pub(crate) fn suite() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/fetched/onnx_node")
+}
+
+/// From now on a panic is noted for its case, not printed.
+pub(crate) fn record_panics() {
+    std::panic::set_hook(Box::new(|info| {
+        let place = info.location().map(|place| format!("{}:{}", place.file(), place.line()));
+        PANIC_PLACE.with(|slot| *slot.borrow_mut() = place.unwrap_or_default());
+    }));
+}
+
+/// Runs a core case on all of [`DEVICES`]; the others not at all.
+pub(crate) fn row(case: &Case) -> Row {
+    let outcome = |status, reason: &str| Outcome { status, reason: reason.to_owned() };
+    let not_run = || outcome(Status::NotRun, "");
+    if !case.is_core() {
+        return Row { case: case.clone(), outcomes: vec![not_run(), not_run(), not_run()] };
+    }
+    let folder = suite().join(&case.name);
+    let data = match test_data(&folder.join("test_data_set_0")) {
+        Ok(data) => data,
+        Err(reason) => {
+            let failed = outcome(Status::Failed, &shorten(&reason));
+            return Row { case: case.clone(), outcomes: vec![failed, not_run(), not_run()] };
+        }
+    };
+    let mut outcomes = Vec::new();
+    for devices in DEVICES {
+        let one = devices == "1 device";
+        // What is not right on one device has nothing to show on two.
+        if outcomes.first().is_some_and(|first: &Outcome| first.status != Status::Passed) {
+            outcomes.push(not_run());
+            continue;
+        }
+        let mesh = if one { MeshChoice::Devices(1) } else { MeshChoice::Fixed(parse_mesh(devices).unwrap()) };
+        let result = catch_unwind(AssertUnwindSafe(|| run(&folder.join("model.onnx"), &data, mesh)));
+        outcomes.push(match result {
+            Ok(Ok(split)) => outcome(if one || split { Status::Passed } else { Status::Whole }, ""),
+            Ok(Err(Fault { status, reason })) => outcome(status, &shorten(&reason)),
+            Err(panic) => outcome(Status::Failed, &shorten(&panic_message(panic.as_ref()))),
+        });
+    }
+    Row { case: case.clone(), outcomes }
+}
+
+/// Unlike models, cases may have no inputs at all.
+fn test_data(folder: &Path) -> Result<TestData, String> {
+    let tensors = |kind: &str| {
+        let paths = (0..).map(|number| folder.join(format!("{kind}_{number}.pb")));
+        let tensors = paths.take_while(|path| path.exists()).map(|path| read_tensor_proto(&path));
+        tensors.collect::<Result<Vec<Tensor>, _>>().map_err(|error| error.to_string())
+    };
+    Ok(TestData { inputs: tensors("input")?, outputs: tensors("output")? })
+}
+
+struct Fault {
+    status: Status,
+    reason: String,
+}
+
+/// Anything that is no refusal.
+fn failed(reason: impl ToString) -> Fault {
+    Fault { status: Status::Failed, reason: reason.to_string() }
+}
+
+fn refused_or_failed(error: &CompileError) -> Fault {
+    let status = match error {
+        CompileError::Model(OnnxError::Unsupported(_) | OnnxError::Opset { .. })
+        | CompileError::Pass(PassError::Unsupported { .. }) => Status::Unsupported,
+        _ => Status::Failed,
+    };
+    Fault { status, reason: error.to_string() }
+}
+
+/// Two units in the last place for half types, the tolerance of ONNX's own runner for the others.
+fn tolerance(dtype: DType) -> Tolerance {
+    match dtype {
+        DType::F16 => Tolerance { relative: 2e-3, absolute: 1e-5 },
+        DType::BF16 => Tolerance { relative: 1.6e-2, absolute: 1e-5 },
+        DType::F32 | DType::F64 => Tolerance { relative: 1e-3, absolute: 1e-7 },
+        _ => Tolerance { relative: 0.0, absolute: 0.0 },
+    }
+}
+
+/// Virtual devices whose links cost nothing, so that even a small tensor is worth splitting.
+fn target() -> Target {
+    let mut target = Target::from_json(include_str!("../../fixtures/targets/cpu.json")).unwrap();
+    for link in &mut target.links {
+        link.latency_ns = 0.0;
+        link.bytes_per_second = 1e18;
+    }
+    target
+}
+
+/// Whether something was split.
+fn run(model: &Path, data: &TestData, mesh: MeshChoice) -> Result<bool, Fault> {
+    let mut request = Request::new(model, target());
+    request.samples.clone_from(&data.inputs);
+    request.mesh = mesh;
+    request.split_table_bytes = 0;
+    let compiled = request.compile(&mut |_, _| {}).map_err(|error| refused_or_failed(&error))?;
+    let compiled = compiled.ok_or_else(|| failed("no plan was made"))?;
+    let folder = tempfile::tempdir().map_err(failed)?;
+    let path = folder.path().join("model.plan");
+    compiled.write(&path, |_| {}).map_err(|error| refused_or_failed(&error))?;
+    let session = Session::load(&path, Devices::Virtual).map_err(failed)?;
+    let entry = session.entries().first().ok_or_else(|| failed("the plan has no entry"))?;
+    if entry.inputs.len() != data.inputs.len() {
+        return Err(failed(format!("the entry has {} inputs, not {}", entry.inputs.len(), data.inputs.len())));
+    }
+    let names = entry.inputs.iter().map(|port| port.name.clone());
+    let inputs = names.zip(data.inputs.iter().cloned()).collect();
+    let mut context = session.context().map_err(failed)?;
+    let outputs = context.run(&entry.name, &inputs).map_err(failed)?;
+    if outputs.len() != data.outputs.len() {
+        return Err(failed(format!("{} outputs, not {}", outputs.len(), data.outputs.len())));
+    }
+    for ((name, actual), expected) in outputs.iter().zip(&data.outputs) {
+        check(actual, expected).map_err(|why| failed(format!("output `{name}` {why}")))?;
+    }
+    Ok(is_split(session.plan()))
+}
+
+fn check(actual: &Tensor, expected: &Tensor) -> Result<(), String> {
+    let comparison = compare(actual, expected, tolerance(expected.ty.dtype))?;
+    let exact = !expected.ty.dtype.is_float();
+    if comparison.beyond > 0 || (exact && actual.data.bytes() != expected.data.bytes()) {
+        let (beyond, ty, error) = (comparison.beyond, &expected.ty, comparison.max_error);
+        let worst = comparison.worst.map(|worst| format!("{} for {}", worst.actual, worst.expected));
+        let worst = worst.unwrap_or_default();
+        return Err(format!("{ty} differs in {beyond} elements, by {error:.1e} at most ({worst})"));
+    }
+    Ok(())
+}
+
+fn is_split(plan: &Plan) -> bool {
+    let bound = |program: &planfile::plan::Program| {
+        let mut bindings = program.inputs.iter().chain(&program.outputs);
+        bindings.any(|binding| !binding.splits.is_empty())
+            || program.steps.iter().any(|step| matches!(step.action, Action::Collective { .. }))
+    };
+    plan.programs.iter().any(bound) || plan.manifest.placed.iter().any(|placed| !placed.splits.is_empty())
+}
+
+fn panic_message(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+    let place = PANIC_PLACE.with(|slot| slot.borrow().clone());
+    format!("PANIC at {place}: {}", text.unwrap_or("?"))
+}
+
+/// One line without paths of this machine, cut to [`REASON_CHARS`] unless cases were picked by hand.
+fn shorten(reason: &str) -> String {
+    let line = reason.split_whitespace().collect::<Vec<_>>().join(" ");
+    let root = format!("{}/", env!("CARGO_MANIFEST_DIR"));
+    let line = line.replace(&root, "");
+    if std::env::var_os("CONFORMANCE_ONLY").is_some() { line } else { line.chars().take(REASON_CHARS).collect() }
+}
