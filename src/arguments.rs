@@ -11,7 +11,7 @@ use passes::pipeline::Options;
 use passes::shard::{MAX_RANKS, MeshChoice, parse_mesh};
 use planfile::Target;
 use planwright::compiler::Request;
-use runtime::cli::{Exit, Failure, ToleranceFlags};
+use runtime::cli::{Exit, Failure, Shell, ToleranceFlags};
 use runtime::tensor_file::TestData;
 
 /// Machines that `--target` knows by name.
@@ -29,8 +29,8 @@ const TARGETS: &[(&str, &str)] = &[
 #[command(name = "compile", version)]
 pub(crate) struct Arguments {
     /// The model
-    #[arg(value_name = "MODEL.onnx")]
-    pub(crate) model: PathBuf,
+    #[arg(value_name = "MODEL.onnx", required_unless_present = "completions")]
+    pub(crate) model: Option<PathBuf>,
     /// Number of devices; picks a mesh
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_RANKS)))]
     pub(crate) gpus: Option<u32>,
@@ -64,6 +64,9 @@ pub(crate) struct Arguments {
     /// Ends after a pass and shows the module; no plan is written
     #[arg(long, value_name = "PASS", conflicts_with_all = ["json", "run", "output"])]
     pub(crate) stop_after: Option<String>,
+    /// Lists every operator of the model with its status, and ends; with bound dimensions, attributes count too
+    #[arg(long, conflicts_with_all = ["run", "output", "print_after", "stop_after"])]
+    pub(crate) check_support: bool,
     /// Runs the plan on virtual devices; with the data of --test-data or --like, else with random inputs
     #[arg(long)]
     pub(crate) run: bool,
@@ -75,6 +78,9 @@ pub(crate) struct Arguments {
     /// The summary for programs
     #[arg(long)]
     pub(crate) json: bool,
+    /// Prints a script that completes this command line
+    #[arg(long, value_name = "SHELL", exclusive = true)]
+    pub(crate) completions: Option<Shell>,
 }
 
 /// `NAME=N`.
@@ -127,7 +133,7 @@ impl Arguments {
             MeshChoice::Fixed(mesh) => mesh.ranks(),
             MeshChoice::Devices(devices) => *devices,
         };
-        let mut request = Request::new(&self.model, self.target(devices)?);
+        let mut request = Request::new(self.model()?, self.target(devices)?);
         request.mesh = mesh;
         request.load = LoadOptions {
             external_data_root: self.external_data_root.clone(),
@@ -148,6 +154,10 @@ impl Arguments {
             return Err(wrong("--stop-after names a pass; to see the import, use --print-after import".to_owned()));
         }
         Ok(request)
+    }
+
+    fn model(&self) -> Result<&Path, Failure> {
+        self.model.as_deref().ok_or_else(|| wrong("no model is given; name a file".to_owned()))
     }
 
     fn mesh_choice(&self) -> Result<MeshChoice, Failure> {
@@ -200,8 +210,9 @@ impl Arguments {
         if let Some(output) = &self.output {
             return Ok(output.clone());
         }
-        let stem = self.model.file_stem().map(PathBuf::from);
-        let stem = stem.ok_or_else(|| wrong(format!("{} is no file; name one", self.model.display())))?;
+        let model = self.model()?;
+        let stem = model.file_stem().map(PathBuf::from);
+        let stem = stem.ok_or_else(|| wrong(format!("{} is no file; name one", model.display())))?;
         Ok(PathBuf::from(format!("{}.plan", stem.display())))
     }
 }

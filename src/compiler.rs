@@ -7,14 +7,15 @@ use cpu::recipe::{WeightBytes, WeightReadError};
 use ir::Module;
 use onnx::load::{LoadOptions, Model, load};
 use onnx::source_files::{FileIndex, WeightFiles};
-use onnx::{Bindings, OnnxError};
+use onnx::{Bindings, OnnxError, OperatorSupport};
 use passes::error::PassError;
-use passes::image::{self, ImageError};
 use passes::pipeline::{Options, Settings};
 use passes::shard::{MeshChoice, SPLIT_TABLE_BYTES, ShardOptions};
-use planfile::plan::Plan;
+use planfile::fingerprint::{self, Fingerprint};
+use planfile::plan::{Manifest, Plan};
 use planfile::writer::{WeightSink, write_plan};
 use planfile::{PlanError, Target, Tensor};
+use runtime::image::{self, ImageError};
 use thiserror::Error;
 
 /// What to compile, for what, and how.
@@ -85,7 +86,25 @@ impl Request {
             target: &self.target,
         };
         let plan = passes::compile::run(module, &settings, observer)?;
-        Ok(plan.map(|plan| Compiled { plan, weights }))
+        let Some(mut plan) = plan else { return Ok(None) };
+        plan.manifest.fingerprint = weights.fingerprint(&plan.manifest)?;
+        Ok(Some(Compiled { plan, weights }))
+    }
+
+    /// Every operator of the model with its status. Attributes and shapes count only where dimensions are bound; else
+    /// the second result is the error that says what is not.
+    ///
+    /// # Errors
+    /// A model that cannot be loaded or, where its dimensions are bound, not be imported for another reason than lack of
+    /// support; bindings that do not fit it.
+    pub fn support(&self) -> Result<(Vec<OperatorSupport>, Option<OnnxError>), CompileError> {
+        let model = load(&self.model, &self.load)?;
+        let files = WeightFiles::open(&model.files)?;
+        match onnx::support_bound(&model, &self.bind(&model)?, &files) {
+            Ok(operators) => Ok((operators, None)),
+            Err(error @ OnnxError::UnboundDims(_)) => Ok((onnx::support(&model), Some(error))),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// The bindings, with samples under the names of the inputs they are for.
@@ -125,6 +144,17 @@ impl Compiled {
 /// The model's files, as recipes read them.
 struct Weights {
     files: WeightFiles,
+}
+
+impl Weights {
+    /// What of the files decided the plan; reads from here on only copy.
+    fn fingerprint(&self, manifest: &Manifest) -> Result<Fingerprint, OnnxError> {
+        let looked_at = self.files.end_of_decisions();
+        let ranges = fingerprint::decisive(&manifest.files, &manifest.weights, &looked_at);
+        let read = |file, offset, into: &mut [u8]| self.files.read_at(FileIndex(file), offset, into);
+        let digest = fingerprint::digest(&ranges, read)?;
+        Ok(Fingerprint { ranges, digest })
+    }
 }
 
 impl WeightBytes for Weights {

@@ -1,19 +1,20 @@
 //! The binary `compile`: command line and reporting.
 
 mod arguments;
+mod support;
 
 use std::process::ExitCode;
 use std::time::Instant;
 
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 use cpu::recipe::RecipeError;
 use onnx::OnnxError;
 use passes::error::PassError;
-use passes::image::ImageError;
 use planfile::PlanFile;
 use planfile::summary::summary;
 use planwright::compiler::{CompileError, Compiled, Request};
-use runtime::cli::{Data, Exit, Failure, bytes_bar, finish, print, run, spinner, summary_text};
+use runtime::cli::{Data, Exit, Failure, bytes_bar, completions, finish, print, run, spinner, summary_text};
+use runtime::image::ImageError;
 use runtime::tensor_file::TestData;
 use serde_json::json;
 
@@ -24,11 +25,18 @@ fn main() -> ExitCode {
 }
 
 fn execute(arguments: &Arguments) -> Result<Exit, Failure> {
+    if let Some(shell) = arguments.completions {
+        print(&completions(shell, Arguments::command()))?;
+        return Ok(Exit::Success);
+    }
     let start = Instant::now();
     let like = arguments.like.as_deref().map(TestData::read).transpose()?;
     // Read before the work, so that a wrong path does not cost it.
     let test_data = arguments.test_data.as_deref().map(TestData::read).transpose()?;
     let request = arguments.request(like.as_ref())?;
+    if arguments.check_support {
+        return support::check(&request, arguments.json);
+    }
     let Some(compiled) = compile(arguments, &request)? else { return Ok(Exit::Success) };
     let path = arguments.output()?;
     let bar = bytes_bar("writing weights", compiled.plan.manifest.image_bytes);

@@ -233,3 +233,62 @@ fn absent_weights_may_be_noise() {
     assert!(first != second, "the seed decides");
     assert!(first == plan("random:1"), "the same seed, the same plan");
 }
+
+#[test]
+fn a_plan_takes_new_external_weights() {
+    let desk = Desk::new();
+    fs::write(desk.path("m.onnx"), model_with_external_weights()).unwrap();
+    let weights = |elements: [f32; 4]| {
+        let bytes: Vec<u8> = elements.iter().flat_map(|element| element.to_le_bytes()).collect();
+        fs::write(desk.path("w.bin"), bytes).unwrap();
+    };
+    weights([1.0, 2.0, 3.0, 4.0]);
+    desk.compile(&["m.onnx", "-o", "old.plan"]).succeeds();
+    weights([5.0, 5.0, 5.0, 5.0]);
+    desk.compile(&["m.onnx", "-o", "compiled.plan"]).succeeds();
+    let old = planfile::PlanFile::open(&desk.path("old.plan")).unwrap().into_plan();
+    let sources = runtime::refit::Sources { weights: &desk.path("m.onnx"), external_data_root: None };
+    runtime::refit::refit(old, sources, &desk.path("new.plan"), |_| {}).unwrap();
+    let [old, compiled, new] =
+        ["old", "compiled", "new"].map(|name| fs::read(desk.path(&format!("{name}.plan"))).unwrap());
+    assert!(new == compiled && new != old);
+}
+
+#[test]
+fn operators_are_listed_with_their_status() {
+    let desk = Desk::new();
+    let (model, data) = (bert("model.onnx"), bert("test_data_set_0"));
+    let out = desk.compile(&[&model, "--check-support"]).succeeds();
+    assert!(out.contains("MatMul") && out.contains("operators are supported"), "{out}");
+    assert!(out.contains("attributes and shapes were not checked") && out.contains("--dim batch=N"), "{out}");
+    let out = desk.compile(&[&model, "--check-support", "--like", &data, "--json"]).succeeds();
+    let report: serde_json::Value = serde_json::from_str(&out).unwrap();
+    assert_eq!((&report["supported"], &report["attributes_checked"]), (&true.into(), &true.into()));
+    let operators = report["operators"].as_array().unwrap();
+    let product = operators.iter().find(|row| row["op"] == "MatMul").unwrap();
+    assert!(product["count"].as_u64().unwrap() > 1 && product["reason"].is_null(), "{product}");
+    // An operator that nobody has, of the same length as the one it replaces.
+    let mut other = model_with_external_weights();
+    let at = other.windows(3).position(|bytes| bytes == b"Add").unwrap();
+    other[at..at + 3].copy_from_slice(b"Odd");
+    fs::write(desk.path("other.onnx"), other).unwrap();
+    fs::write(desk.path("w.bin"), [0; 16]).unwrap();
+    let ended = desk.compile(&["other.onnx", "--check-support"]);
+    assert_eq!(ended.code, 3, "{}{}", ended.out, ended.err);
+    assert!(ended.out.contains("NOT SUPPORTED: no such operator"), "{}", ended.out);
+    desk.compile(&["other.onnx", "--check-support", "--run"]).fails(2, &["--check-support", "--run"]);
+    desk.compile(&["nothing.onnx", "--check-support"]).fails(4, &["nothing.onnx"]);
+    let files = desk.files();
+    assert_eq!(files, ["other.onnx", "w.bin"]);
+}
+
+#[test]
+fn shells_complete_every_flag() {
+    let desk = Desk::new();
+    for shell in ["bash", "zsh", "fish"] {
+        let script = desk.compile(&["--completions", shell]).succeeds();
+        assert!(script.contains("compile") && script.contains("external-data-root"), "{script}");
+    }
+    desk.compile(&["--completions", "shell"]).fails(2, &["bash", "zsh", "fish"]);
+    desk.compile(&["--completions", "bash", "m.onnx"]).fails(2, &["--completions"]);
+}

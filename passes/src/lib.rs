@@ -3,7 +3,6 @@
 pub mod compile;
 pub mod cost;
 pub mod error;
-pub mod image;
 pub mod lower;
 pub mod pipeline;
 pub mod schedule;

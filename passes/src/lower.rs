@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use ir::{Graph, Node, Placement, ValueDef, ValueId, WeightId};
+use planfile::fingerprint::Fingerprint;
 use planfile::plan::{
     Action, Argument, Binding, CollectiveAlgorithm, Explanations, Implementation, Kernel, LinkRequirement, Manifest,
     Place, PlacedWeight, Plan, PlanAxis, PlanEntry, PlanPiece, PlanPort, PlanState, PlanWeight, Program, SplitDim,
@@ -73,6 +74,8 @@ pub fn run(scheduled: &Scheduled, target: &Target) -> Result<Plan, PassError> {
         producer: concat!("planwright ", env!("CARGO_PKG_VERSION")).to_owned(),
         model: module.name.clone(),
         files: module.files.clone(),
+        // Who reads the files knows: the compiler fills it in.
+        fingerprint: Fingerprint::default(),
         mesh: module.mesh.axes.iter().map(axis).collect(),
         ranks,
         target: TargetRef { name: target.name.clone(), architecture: CPU.to_owned() },
@@ -294,17 +297,19 @@ impl Lowering<'_> {
 /// Gives every distinct part of a weight its place in the weights section, in the order in which ranks read them.
 fn lay_out_image(mut placed: Vec<PlacedWeight>, ranks: u32) -> (Vec<PlacedWeight>, u64) {
     let mut offset = 0u64;
-    let mut known: HashMap<(u32, Vec<Vec<PlanPiece>>), u64> = HashMap::new();
+    // Parts of the same elements may still differ in how much padding follows them.
+    let mut known: HashMap<PartKey, u64> = HashMap::new();
     let mut images: Vec<Vec<u64>> = placed.iter().map(|weight| vec![0; weight.ranks.len()]).collect();
     for rank in 0..ranks {
         for (weight, images) in placed.iter().zip(&mut images) {
             let Some(position) = weight.ranks.iter().position(|&other| other == rank) else { continue };
             let pieces = weight.splits.iter().map(|split| split.pieces[position].clone()).collect();
             let dims: Vec<u8> = weight.splits.iter().map(|split| split.dim).collect();
-            let key = (weight.weight, [vec![dims_key(&dims)], pieces].concat());
+            let key = (weight.weight, weight.ty.sizes(), [vec![dims_key(&dims)], pieces].concat());
             images[position] = *known.entry(key).or_insert_with(|| {
                 let start = offset;
-                offset = (start + weight.ty.bytes().unwrap_or(0)).next_multiple_of(ALIGN);
+                // An empty weight takes a place too: its offset must not be the next one's.
+                offset = (start + weight.ty.bytes().unwrap_or(0).max(1)).next_multiple_of(ALIGN);
                 start
             });
         }
@@ -315,7 +320,53 @@ fn lay_out_image(mut placed: Vec<PlacedWeight>, ranks: u32) -> (Vec<PlacedWeight
     (placed, offset)
 }
 
+/// A rank's part of a weight: the weight, the part's sizes and its pieces.
+type PartKey = (u32, Vec<u64>, Vec<Vec<PlanPiece>>);
+
 /// The split dimensions as part of a key.
 fn dims_key(dims: &[u8]) -> Vec<PlanPiece> {
     dims.iter().map(|&dim| PlanPiece { global: u64::from(dim), local: 0, len: 0 }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use planfile::{DType, TensorType};
+
+    use super::*;
+
+    /// A weight of one dimension on ranks 0 and 1, of which each holds the given run in `local` elements.
+    fn placed(weight: u32, local: u64, runs: [(u64, u64); 2]) -> PlacedWeight {
+        let piece = |(global, len)| PlanPiece { global, local: 0, len };
+        let pieces = runs.map(|run| Some(piece(run)).into_iter().filter(|piece| piece.len > 0).collect()).to_vec();
+        PlacedWeight {
+            weight,
+            stage: 0,
+            ranks: vec![0, 1],
+            ty: TensorType::new(DType::F32, &[local]),
+            arena_offset: 0,
+            splits: vec![SplitDim { dim: 0, pieces }],
+            images: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn parts_with_more_padding_have_a_place_of_their_own() {
+        // Both second ranks hold element 2 alone, in a part of 100 elements and in one of two.
+        let (laid, bytes) = lay_out_image(vec![placed(0, 100, [(0, 0), (2, 1)]), placed(0, 2, [(0, 2), (2, 1)])], 2);
+        assert_ne!(laid[0].images[1], laid[1].images[1]);
+        assert_eq!(bytes, 2 * 512 + 2 * 256);
+    }
+
+    #[test]
+    fn the_same_part_is_stored_once() {
+        let (laid, bytes) = lay_out_image(vec![placed(0, 2, [(0, 2), (0, 2)]), placed(0, 2, [(0, 2), (0, 2)])], 2);
+        assert!(laid.iter().flat_map(|weight| &weight.images).all(|&image| image == 0));
+        assert_eq!(bytes, 256);
+    }
+
+    #[test]
+    fn empty_weights_share_no_place_with_others() {
+        let (laid, _) = lay_out_image(vec![placed(0, 0, [(0, 0), (0, 0)]), placed(1, 2, [(0, 2), (2, 2)])], 2);
+        assert_ne!(laid[0].images[0], laid[1].images[0]);
+    }
 }

@@ -1,18 +1,21 @@
-//! The binary `plan`: runs, inspects and verifies plans.
+//! The binary `plan`: runs, inspects, verifies, compares and refits plans.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
-use planfile::{PlanError, PlanFile};
-use runtime::cli::{Data, Exit, Failure, ToleranceFlags, bytes_bar, finish, print, run, summary_text};
+use clap::{CommandFactory, Parser, Subcommand};
+use planfile::{PlanError, PlanFile, diff};
+use runtime::cli::{
+    Data, Exit, Failure, Shell, ToleranceFlags, bytes_bar, completions, finish, print, run, summary_text,
+};
+use runtime::refit::{Sources, refit};
 use runtime::tensor_file::TestData;
 use serde_json::json;
 
-/// Runs, inspects and verifies plans that `compile` wrote.
+/// Runs, inspects, verifies, compares and refits plans that `compile` wrote.
 ///
-/// Exit codes: 0 success; 1 beyond the tolerance, or verification failed; 2 wrong command line; 3 invalid plan or
-/// input; 4 a file could not be read or written; 70 internal error.
+/// Exit codes: 0 success; 1 beyond the tolerance, verification failed, or plans differ; 2 wrong command line; 3 invalid
+/// plan or input; 4 a file could not be read or written; 70 internal error.
 #[derive(Parser)]
 #[command(name = "plan", version)]
 struct Arguments {
@@ -60,6 +63,29 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Shows what differs between two plans; ends with 1 if anything does
+    Diff {
+        before: PathBuf,
+        after: PathBuf,
+        /// The differences for programs
+        #[arg(long)]
+        json: bool,
+    },
+    /// Puts new weights of the same graph into a plan, as compiling the new model would
+    Refit {
+        plan: PathBuf,
+        /// The new model file, or its folder; external data beside it, all of the same sizes as before
+        #[arg(long, value_name = "MODEL.onnx|DIR")]
+        weights: PathBuf,
+        /// Where the new plan goes; may be the old one
+        #[arg(short, long, value_name = "OUT.plan")]
+        output: PathBuf,
+        /// External data may also lie below this folder, links included
+        #[arg(long, value_name = "DIR")]
+        external_data_root: Option<PathBuf>,
+    },
+    /// Prints a script that completes this command line
+    Completions { shell: Shell },
 }
 
 fn main() -> ExitCode {
@@ -106,6 +132,26 @@ fn execute(command: Command) -> Result<Exit, Failure> {
             }
             Err(error) => Err(Failure::new(Exit::Beyond, error)),
         },
+        Command::Diff { before, after, json } => {
+            let (before, after) = (PlanFile::open(&before)?, PlanFile::open(&after)?);
+            let mut found = diff::diff(before.plan(), after.plan());
+            diff::values(&before, &after, &mut found)?;
+            print(&if json { format!("{:#}\n", json!(found)) } else { found.text() })?;
+            Ok(if found.same { Exit::Success } else { Exit::Beyond })
+        }
+        Command::Refit { plan, weights, output, external_data_root } => {
+            let plan = PlanFile::open(&plan)?.into_plan();
+            let sources = Sources { weights: &weights, external_data_root: external_data_root.as_deref() };
+            let bar = bytes_bar("writing weights", plan.manifest.image_bytes);
+            refit(plan, sources, &output, |done| bar.set_position(done))?;
+            bar.finish_and_clear();
+            print(&format!("wrote {}\n", output.display()))?;
+            Ok(Exit::Success)
+        }
+        Command::Completions { shell } => {
+            print(&completions(shell, Arguments::command()))?;
+            Ok(Exit::Success)
+        }
     }
 }
 

@@ -7,8 +7,9 @@ use std::fs;
 use std::path::PathBuf;
 use std::process::{Command, Output};
 
+use planfile::fingerprint::{Fingerprint, decisive, digest};
 use planfile::plan::*;
-use planfile::{DType, Expr, Op, PlanError, Spec, Tensor, TensorType, Unary, write_plan};
+use planfile::{DType, Expr, Op, PlanError, Recipe, Source, SourceFile, Spec, Tensor, TensorType, Unary, write_plan};
 use runtime::npz::{read_npz, write_npz};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -33,6 +34,7 @@ fn negation() -> Plan {
             producer: "test".to_owned(),
             model: "negation".to_owned(),
             files: vec![],
+            fingerprint: Default::default(),
             mesh: vec![PlanAxis { name: "tensor".to_owned(), size: 2 }],
             ranks: 2,
             target: TargetRef { name: "cpu".to_owned(), architecture: "cpu".to_owned() },
@@ -242,4 +244,78 @@ fn files_that_are_not_there_end_with_4_and_wrong_flags_with_2() {
     desk.plan(&["inspect", "x.plan", "--json", "--text"]).fails(2, &["--text"]);
     desk.plan(&["fly"]).fails(2, &["fly"]);
     assert!(desk.plan(&["--help"]).succeeds().contains("Exit codes"));
+}
+
+/// [`negation`] with a weight of 16 bytes that lies at the start of `w.bin`, which has 24; the last 8 decided the plan.
+fn with_weight(desk: &Desk) {
+    let source = |bytes: &[u8], into: &mut [u8], offset: u64| -> Result<(), PlanError> {
+        let first = offset as usize;
+        into.copy_from_slice(&bytes[first..first + into.len()]);
+        Ok(())
+    };
+    let bytes: Vec<u8> = (0..24).collect();
+    let ty = TensorType::new(DType::F32, &[4]);
+    let mut plan = negation();
+    let manifest = &mut plan.manifest;
+    manifest.files = vec![SourceFile { name: "w.bin".to_owned(), bytes: 24 }];
+    let recipe = Recipe::source(ty.clone(), Source::File { file: 0, offset: 0 });
+    manifest.weights = vec![PlanWeight { name: "w".to_owned(), ty: ty.clone(), recipe }];
+    let (ranks, images, splits) = (vec![0, 1], vec![0, 0], vec![]);
+    manifest.placed = vec![PlacedWeight { weight: 0, stage: 0, ranks, ty, arena_offset: 0, splits, images }];
+    (manifest.weight_arena_bytes, manifest.image_bytes) = (vec![256, 256], 16);
+    let ranges = decisive(&manifest.files, &manifest.weights, &[]);
+    let read = |_, offset, into: &mut [u8]| source(&bytes, into, offset);
+    manifest.fingerprint = Fingerprint { digest: digest(&ranges, read).unwrap(), ranges };
+    write_plan(&desk.path("w.plan"), &plan, |sink| sink.push(0, &bytes[..16])).unwrap();
+    fs::write(desk.path("w.bin"), bytes).unwrap();
+}
+
+#[test]
+fn plans_are_refitted_or_refused() {
+    let desk = Desk::new();
+    with_weight(&desk);
+    let refit = |plan: &str| desk.plan(&["refit", plan, "--weights", ".", "-o", "new.plan"]);
+    refit("w.plan").succeeds();
+    assert!(fs::read(desk.path("w.plan")).unwrap() == fs::read(desk.path("new.plan")).unwrap());
+    desk.plan(&["diff", "w.plan", "new.plan"]).succeeds();
+    let mut bytes: Vec<u8> = (0..24).collect();
+    bytes[3] = 0xff;
+    fs::write(desk.path("w.bin"), &bytes).unwrap();
+    refit("w.plan").succeeds();
+    let differ = desk.plan(&["diff", "w.plan", "new.plan"]);
+    assert_eq!((differ.code, differ.out.as_str()), (1, "weights of other bytes\n  w\n"), "{}", differ.err);
+    let differ = desk.plan(&["diff", "w.plan", "new.plan", "--json"]);
+    let report: Value = serde_json::from_str(&differ.out).unwrap();
+    assert_eq!((differ.code, &report["same"], &report["values"][0]), (1, &false.into(), &"w".into()));
+    bytes[20] = 0xff;
+    fs::write(desk.path("w.bin"), &bytes).unwrap();
+    refit("w.plan").fails(3, &["constants inside", "compile again"]);
+    fs::write(desk.path("w.bin"), &bytes[..23]).unwrap();
+    refit("w.plan").fails(3, &["w.bin has 23 bytes", "24", "compile the model again"]);
+    fs::remove_file(desk.path("w.bin")).unwrap();
+    refit("w.plan").fails(4, &["w.bin"]);
+    refit("x.plan").fails(3, &["made from no file"]);
+}
+
+#[test]
+fn plans_are_compared() {
+    let desk = Desk::new();
+    assert_eq!(desk.plan(&["diff", "x.plan", "x.plan"]).succeeds(), "the plans are the same\n");
+    with_weight(&desk);
+    let differ = desk.plan(&["diff", "x.plan", "w.plan"]);
+    assert_eq!(differ.code, 1, "{}", differ.err);
+    for line in ["  + file w.bin: 24 B", "  + w: f32[4] from file 0+0 f32[4]", "  rank 0 weights: 0 B → 256 B"] {
+        assert!(differ.out.lines().any(|found| found == line), "`{line}` is not in\n{}", differ.out);
+    }
+    desk.plan(&["diff", "x.plan", "nothing.plan"]).fails(4, &["nothing.plan"]);
+}
+
+#[test]
+fn shells_complete_every_command() {
+    let desk = Desk::new();
+    for shell in ["bash", "zsh", "fish"] {
+        let script = desk.plan(&["completions", shell]).succeeds();
+        assert!(script.contains("refit") && script.contains("test-data"), "{script}");
+    }
+    desk.plan(&["completions", "shell"]).fails(2, &["bash", "zsh", "fish"]);
 }

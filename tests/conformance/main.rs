@@ -5,13 +5,19 @@
 //! better. `UPDATE_CONFORMANCE=1` rewrites the table and its summary instead; `CONFORMANCE_ONLY=part_of_a_name` runs
 //! some cases, prints their results in full and compares nothing.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test may stop at the first surprise, in its own functions too"
+)]
+
 mod run;
 mod table;
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
-use std::{env, fs, thread};
+use std::{env, fs, slice, thread};
 
 use table::{Case, Outcome, Row, Status};
 
@@ -97,8 +103,8 @@ fn differences_tell_worse_from_better() {
             .to_vec(),
     };
     let (passed, failed) = (row(Status::Passed), row(Status::Failed));
-    assert!(table::differences(&[passed.clone()], &[passed.clone()]).is_empty());
-    let worse = table::differences(&[passed.clone()], &[failed.clone()]);
+    assert!(table::differences(slice::from_ref(&passed), slice::from_ref(&passed)).is_empty());
+    let worse = table::differences(slice::from_ref(&passed), slice::from_ref(&failed));
     assert_eq!(worse, ["WORSE   test_x, 1 device: passed, now failed "]);
     let better = table::differences(&[failed], &[passed]);
     assert_eq!(better, ["better  test_x, 1 device: failed, now passed "]);

@@ -157,6 +157,10 @@ impl<'a> Context<'a> {
         Ok(attribute!(self, name, String, "a string")?.cloned().unwrap_or_else(|| default.to_owned()))
     }
 
+    pub(crate) fn strings(&self, name: &str) -> Result<Option<Vec<String>>, OpError> {
+        Ok(attribute!(self, name, Strings, "a list of strings")?.cloned())
+    }
+
     pub(crate) fn tensor_attribute(&self, name: &str) -> Result<Option<Tensor>, OpError> {
         let tensor = attribute!(self, name, Tensor, "a tensor")?;
         tensor.map(|tensor| read(tensor, self.files)).transpose()

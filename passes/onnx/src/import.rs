@@ -24,11 +24,18 @@ use crate::source_files::WeightFiles;
 /// When a dimension is not bound or bound in two ways, when nodes are not supported (all are listed), when shapes
 /// contradict each other, or when a shape depends on data that nothing binds.
 pub fn import(model: &Model, bindings: &Bindings, weights: &WeightFiles) -> Result<Module, OnnxError> {
-    let types = bind(&model.graph, bindings)?;
+    // Open dimensions come first: they are the user's to bind, whatever else is wrong.
+    bind(&model.graph, bindings)?;
     let missing = missing_operators(&model.graph);
     if !missing.is_empty() {
         return Err(OnnxError::Unsupported(missing));
     }
+    attempt(model, bindings, weights)
+}
+
+/// As [`import`], with operators that are missing found on the way: what depends on them is not looked at.
+pub(crate) fn attempt(model: &Model, bindings: &Bindings, weights: &WeightFiles) -> Result<Module, OnnxError> {
+    let types = bind(&model.graph, bindings)?;
     let name = if model.graph.name.is_empty() { "main" } else { &model.graph.name };
     let mut inputs = Vec::new();
     let mut ports = Vec::new();
@@ -242,7 +249,7 @@ impl<'m> Import<'m> {
 }
 
 /// Whether the node is ONNX's `If`, which this file handles itself because its bodies read names of the graph around.
-fn is_branch(node: &Node) -> bool {
+pub(crate) fn is_branch(node: &Node) -> bool {
     node.domain.is_empty() && node.op_type == "If"
 }
 

@@ -20,14 +20,18 @@ mod movement;
 mod normalization;
 mod pooling;
 mod quantization;
+mod recurrent;
 mod reduction;
 mod reshape;
 mod resize;
+mod sampling;
 mod scatter;
 mod shape;
 mod slicing;
 mod softmax;
 mod sorting;
+mod spectral;
+mod streaming;
 
 use ir::ValueId;
 
@@ -70,14 +74,18 @@ const FAMILIES: &[&[Operator]] = &[
     normalization::OPERATORS,
     pooling::OPERATORS,
     quantization::OPERATORS,
+    recurrent::OPERATORS,
     reduction::OPERATORS,
     reshape::OPERATORS,
     resize::OPERATORS,
+    sampling::OPERATORS,
     scatter::OPERATORS,
     shape::OPERATORS,
     slicing::OPERATORS,
     softmax::OPERATORS,
     sorting::OPERATORS,
+    spectral::OPERATORS,
+    streaming::OPERATORS,
 ];
 
 /// Families by domain.

@@ -4,6 +4,9 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Component, Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use planfile::fingerprint::FileRange;
 
 use crate::error::{ExternalProblem, OnnxError};
 use crate::load::LoadOptions;
@@ -24,6 +27,8 @@ pub struct SourceFile {
     pub len: u64,
     /// The file is not there, which [`LoadOptions::allow_missing_weights`] allowed; ranges in it cannot be read.
     pub absent: bool,
+    /// Loading read some of it, so that all of it counts as decisive: see [`WeightFiles::end_of_decisions`].
+    pub read_on_loading: bool,
     /// Where it is opened on this machine.
     opened: PathBuf,
 }
@@ -44,7 +49,7 @@ impl<'a> SourceFiles<'a> {
             Some(_) | None => PathBuf::from("."),
         };
         let name = model.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-        let file = SourceFile { path: name, len, absent: false, opened: model.to_owned() };
+        let file = SourceFile { path: name, len, absent: false, read_on_loading: false, opened: model.to_owned() };
         Self { files: vec![file], by_location: BTreeMap::new(), folder, options }
     }
 
@@ -52,7 +57,17 @@ impl<'a> SourceFiles<'a> {
         self.files
     }
 
-    pub(crate) fn open(&self) -> Result<WeightFiles, OnnxError> {
+    /// Opens all files, to read data of `sources` now. External data of other tensors may lie at the same place; inside
+    /// the model file, every tensor's is its own.
+    pub(crate) fn open_for(&mut self, sources: [&TensorSource; 2]) -> Result<WeightFiles, OnnxError> {
+        for source in sources {
+            if let TensorSource::FileRange { file, .. } = source
+                && *file != FileIndex(0)
+                && let Some(file) = self.files.get_mut(file.0 as usize)
+            {
+                file.read_on_loading = true;
+            }
+        }
         WeightFiles::open(&self.files)
     }
 
@@ -118,7 +133,7 @@ impl<'a> SourceFiles<'a> {
             Ok(opened) => opened,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
                 if self.options.allow_missing_weights {
-                    return Ok(SourceFile { path: name, len: 0, absent: true, opened: joined });
+                    return Ok(SourceFile { path: name, len: 0, absent: true, read_on_loading: false, opened: joined });
                 }
                 return Err(OnnxError::MissingWeights { tensor: tensor.to_owned(), path: joined });
             }
@@ -138,7 +153,7 @@ impl<'a> SourceFiles<'a> {
         if about.nlink() > 1 && self.options.external_data_root.is_none() {
             return Err(fail(ExternalProblem::HardLinked { links: about.nlink() }));
         }
-        Ok(SourceFile { path: name, len: about.len(), absent: false, opened })
+        Ok(SourceFile { path: name, len: about.len(), absent: false, read_on_loading: false, opened })
     }
 }
 
@@ -151,6 +166,8 @@ fn external_error(tensor: &str, location: &str, problem: ExternalProblem) -> Onn
 pub struct WeightFiles {
     /// `None`: absent.
     files: Vec<(SourceFile, Option<File>)>,
+    /// What was read so far, in order; `None` once nobody asks any more.
+    looked_at: Mutex<Option<Vec<FileRange>>>,
 }
 
 impl WeightFiles {
@@ -172,7 +189,15 @@ impl WeightFiles {
             }
             Ok((file.clone(), Some(handle)))
         };
-        Ok(Self { files: files.iter().map(open).collect::<Result<_, _>>()? })
+        let whole = (0..).zip(files).filter(|(_, file)| file.read_on_loading);
+        let looked_at = whole.map(|(number, file)| FileRange { file: number, first: 0, end: file.len }).collect();
+        Ok(Self { files: files.iter().map(open).collect::<Result<_, _>>()?, looked_at: Mutex::new(Some(looked_at)) })
+    }
+
+    /// Everything that was read so far, which a plan made from it depends on; reads from here on are not recorded.
+    pub fn end_of_decisions(&self) -> Vec<FileRange> {
+        // A panic elsewhere leaves the list whole: every change of it is one call.
+        self.looked_at.lock().unwrap_or_else(PoisonError::into_inner).take().unwrap_or_default()
     }
 
     /// Fills `buffer` from byte `offset` of `file` on.
@@ -190,6 +215,11 @@ impl WeightFiles {
         if offset.checked_add(length).is_none_or(|end| end > source_file.len) {
             return Err(OnnxError::OutOfRange { file: file.0, offset, length, file_bytes: source_file.len });
         }
+        let mut looked_at = self.looked_at.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(looked_at) = looked_at.as_mut() {
+            looked_at.push(FileRange { file: file.0, first: offset, end: offset + length });
+        }
+        drop(looked_at);
         handle.read_exact_at(buffer, offset).map_err(|source| OnnxError::Io {
             path: source_file.opened.clone(),
             action: "read",

@@ -290,7 +290,7 @@ pub(crate) fn sparse_tensor(
     if indices.dtype != DType::I64 {
         return Err(sparse("indices are not int64"));
     }
-    let opened = files.open()?;
+    let opened = files.open_for([&values.source, &indices.source])?;
     // Within the limit above: at most a megabyte of values, and of indices eight bytes per axis and value.
     let read = |source: &TensorSource| {
         let mut bytes = vec![0; usize::try_from(source.len()).unwrap_or(0)];

@@ -181,13 +181,14 @@ impl<'a> Walk<'a> {
     }
 
     fn node(&mut self, node: &Node, stage: usize) -> Result<(), PassError> {
-        let homes: Vec<Option<Placement>> =
-            node.operands.iter().map(|&operand| self.home(operand).map(|home| home.1)).collect();
-        // Only movement passes partial terms on; for the others they are combined first.
+        // Only movement passes partial terms on, and only within a stage: for the others they are combined first, and
+        // what is sent to another stage is whole.
         let movement = matches!(node.op, Op::Reshape { .. } | Op::Transpose { .. } | Op::Slice { .. });
-        let seen =
-            |home: &Placement| Placement { partial: home.partial.filter(|_| movement), splits: home.splits.clone() };
-        let homes: Vec<Option<Placement>> = homes.iter().map(|home| home.as_ref().map(seen)).collect();
+        let seen = |(at, home): (usize, Placement)| Placement {
+            partial: home.partial.filter(|_| movement && at == stage),
+            splits: home.splits,
+        };
+        let homes: Vec<Option<Placement>> = node.operands.iter().map(|&operand| self.home(operand).map(seen)).collect();
         let decision = self.policy.decide(self.source, node, &homes);
         let mut operands = Vec::new();
         for (position, (&operand, placement)) in node.operands.iter().zip(&decision.operands).enumerate() {

@@ -5,9 +5,11 @@
 
 pub mod codec;
 pub mod container;
+pub mod diff;
 pub mod dtype;
 pub mod error;
 pub mod expr;
+pub mod fingerprint;
 pub mod infer;
 pub mod op;
 pub mod plan;

@@ -6,6 +6,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::expr::RankScalar;
+use crate::fingerprint::Fingerprint;
 use crate::op::Op;
 use crate::spec::{Recipe, SourceFile, Spec};
 use crate::tensor::Tensor;
@@ -32,6 +33,8 @@ pub struct Manifest {
     pub model: String,
     /// Files that recipes read.
     pub files: Vec<SourceFile>,
+    /// What of those files decided the plan.
+    pub fingerprint: Fingerprint,
     pub mesh: Vec<PlanAxis>,
     /// Number of devices.
     pub ranks: u32,

@@ -3,6 +3,7 @@
 use crate::dtype::DType;
 use crate::error::PlanError;
 use crate::expr::{Binary, Expr, Unary};
+use crate::fingerprint::Fingerprint;
 use crate::op::{Combine, Op};
 use crate::plan::*;
 use crate::spec::{Recipe, Source, SourceFile, Spec};
@@ -60,6 +61,7 @@ pub(crate) fn plan() -> Plan {
             producer: "compile 0.0.0".to_owned(),
             model: "sample".to_owned(),
             files: vec![SourceFile { name: "sample.onnx".to_owned(), bytes: 4096 }],
+            fingerprint: Fingerprint::default(),
             mesh: vec![PlanAxis { name: "tensor".to_owned(), size: 2 }],
             ranks: 2,
             target: TargetRef { name: "virtual".to_owned(), architecture: "cpu".to_owned() },

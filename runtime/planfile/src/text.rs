@@ -1,6 +1,6 @@
 //! The text form of a whole plan: for reading, for snapshots, and for `diff`.
 //!
-//! One fact a line, in the order of the plan; weights' bytes and machine code only by their size.
+//! One fact a line, in the order of the plan; weights' bytes and machine code only by their size, hashes not at all.
 
 use std::fmt::{self, Display, Write};
 
@@ -12,7 +12,7 @@ use crate::plan::{
     Action, Argument, Binding, Edge, EdgeKind, Implementation, Kernel, LaunchShape, Place, PlacedWeight, Plan,
     PlanAxis, PlanWeight, Program, SplitDim, Step, Task,
 };
-use crate::spec::Source;
+use crate::spec::{Recipe, Source};
 use crate::summary::memory;
 
 /// The whole plan as text; the same for the same plan.
@@ -86,19 +86,7 @@ fn write_plan(out: &mut String, plan: &Plan) -> fmt::Result {
 }
 
 fn write_weight(out: &mut String, plan: &Plan, index: usize, weight: &PlanWeight) -> fmt::Result {
-    write!(out, "  {} {} from ", weight.name, weight.ty)?;
-    for (position, input) in weight.recipe.inputs.iter().enumerate() {
-        let comma = if position == 0 { "" } else { ", " };
-        match &input.source {
-            Source::File { file, offset } => write!(out, "{comma}file {file}+{offset} {}", input.ty)?,
-            Source::Inline(_) => write!(out, "{comma}constant {}", input.ty)?,
-            Source::Random { seed } => write!(out, "{comma}random {seed} {}", input.ty)?,
-        }
-    }
-    for node in &weight.recipe.spec.nodes {
-        write!(out, ", {}", operation(&node.op))?;
-    }
-    writeln!(out)?;
+    writeln!(out, "  {} {} from {}", weight.name, weight.ty, recipe(&weight.recipe))?;
     for placed in plan.manifest.placed.iter().filter(|placed| placed.weight as usize == index) {
         let PlacedWeight { stage, arena_offset, ty, splits, images, .. } = placed;
         let images: Vec<String> = images.iter().map(|image| format!("{image:#x}")).collect();
@@ -110,6 +98,17 @@ fn write_weight(out: &mut String, plan: &Plan, index: usize, weight: &PlanWeight
         )?;
     }
     Ok(())
+}
+
+/// Ingredients, then the primitives applied to them.
+pub(crate) fn recipe(recipe: &Recipe) -> String {
+    let inputs = recipe.inputs.iter().map(|input| match &input.source {
+        Source::File { file, offset } => format!("file {file}+{offset} {}", input.ty),
+        Source::Inline(_) => format!("constant {}", input.ty),
+        Source::Random { seed } => format!("random {seed} {}", input.ty),
+    });
+    let primitives = recipe.spec.nodes.iter().map(|node| operation(&node.op));
+    inputs.chain(primitives).collect::<Vec<_>>().join(", ")
 }
 
 fn write_kernel(out: &mut String, index: usize, kernel: &Kernel) -> fmt::Result {
@@ -286,7 +285,7 @@ fn shape(launch: Option<&LaunchShape>) -> String {
 }
 
 /// An operation with its attributes; expressions in postfix.
-fn operation(op: &Op) -> String {
+pub(crate) fn operation(op: &Op) -> String {
     match op {
         Op::Pointwise { expr, .. } => format!("pointwise {{{}}}", postfix(expr)),
         other => {
@@ -320,12 +319,12 @@ fn constant(scalar: Scalar) -> String {
     }
 }
 
-fn axes(mesh: &[PlanAxis]) -> String {
+pub(crate) fn axes(mesh: &[PlanAxis]) -> String {
     mesh.iter().map(|axis| format!("{}={}", axis.name, axis.size)).collect::<Vec<_>>().join(",")
 }
 
 /// ` split 1 [0..4 | 4..8]`: per rank, its pieces; where they do not lie at the start of the part, `@` says where.
-struct Splits<'a>(&'a [SplitDim]);
+pub(crate) struct Splits<'a>(pub(crate) &'a [SplitDim]);
 
 impl Display for Splits<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -4,17 +4,20 @@ use std::fmt;
 use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 
+use cpu::recipe::RecipeError;
 use miette::{Diagnostic, MietteHandlerOpts, Report};
 use planfile::PlanError;
 
 use crate::error::{RuntimeError, StepError};
+use crate::image::ImageError;
+use crate::refit::RefitError;
 use crate::tensor_file::TensorFileError;
 
 /// Exit codes, as README.md states them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exit {
     Success = 0,
-    /// A comparison was beyond its tolerance, or verification failed.
+    /// A comparison was beyond its tolerance, verification failed, or plans differ.
     Beyond = 1,
     /// The command line was wrong. clap uses the same.
     Usage = 2,
@@ -75,6 +78,27 @@ impl From<RuntimeError> for Failure {
             | RuntimeError::InputShape { .. }
             | RuntimeError::PinnedInput { .. }
             | RuntimeError::Memory { .. } => Exit::Invalid,
+        };
+        Self::new(exit, error)
+    }
+}
+
+impl From<RefitError> for Failure {
+    fn from(error: RefitError) -> Self {
+        let exit = match error {
+            RefitError::Plan(error) | RefitError::Image(ImageError::Sink(error)) => return error.into(),
+            RefitError::Io { .. }
+            | RefitError::NotAFile { .. }
+            | RefitError::Read(_)
+            | RefitError::Image(ImageError::Recipe { source: RecipeError::Read(_), .. }) => Exit::File,
+            RefitError::NoFiles
+            | RefitError::Location { .. }
+            | RefitError::Outside { .. }
+            | RefitError::HardLinked { .. }
+            | RefitError::Size { .. }
+            | RefitError::Changed
+            | RefitError::Fingerprint
+            | RefitError::Image(_) => Exit::Invalid,
         };
         Self::new(exit, error)
     }

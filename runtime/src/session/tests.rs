@@ -41,6 +41,7 @@ fn plan(ranks: u32, inputs: &[(&str, TensorType)], output: TensorType, programs:
             producer: "test".to_owned(),
             model: "test".to_owned(),
             files: vec![],
+            fingerprint: Default::default(),
             mesh: vec![PlanAxis { name: "tensor".to_owned(), size: ranks }],
             ranks,
             target: TargetRef { name: "virtual".to_owned(), architecture: "cpu".to_owned() },

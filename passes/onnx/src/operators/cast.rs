@@ -8,6 +8,7 @@ use crate::tensor_data::ElemType;
 
 #[rustfmt::skip]
 pub(super) const OPERATORS: &[Operator] = &[
+    row("BitCast",  26, bit_cast),
     row("Cast",     6,  cast),
     row("CastLike", 15, cast_like),
 ];
@@ -21,6 +22,20 @@ pub(super) fn element_type(ctx: &Context<'_>, number: i64) -> Result<planfile::D
 fn cast(ctx: &mut Context<'_>) -> Result<Vec<ValueId>, OpError> {
     let x = ctx.operand(0)?;
     let to = element_type(ctx, ctx.required_int("to")?)?;
+    Ok(vec![ctx.cast(x, to)?])
+}
+
+/// The same bits as another type of the same size.
+fn bit_cast(ctx: &mut Context<'_>) -> Result<Vec<ValueId>, OpError> {
+    let x = ctx.operand(0)?;
+    let (from, to) = (ctx.dtype(x), element_type(ctx, ctx.required_int("to")?)?);
+    if from.bytes() != to.bytes() {
+        return Err(ctx.invalid(&format!("{from} and {to} differ in size")));
+    }
+    // Between integers, conversion wraps: the bits stay. A boolean is 0 or 1 in either.
+    if from != to && (from.is_float() || !to.is_integer()) {
+        return Err(ctx.unsupported(&format!("the bits of {from} as {to}; use Cast, or bits of integers alone")));
+    }
     Ok(vec![ctx.cast(x, to)?])
 }
 
@@ -43,6 +58,15 @@ mod tests {
         assert!(same.import().unwrap().graphs[0].nodes.is_empty());
         let like = Case::new("CastLike", 15).input(tensor(&[1], &[2.5f32])).input(tensor(&[0], &[0i32; 0]));
         assert_eq!(like.one(), tensor(&[1], &[2i32]));
+    }
+
+    #[test]
+    fn bits_of_integers_stay() {
+        let case = |to| Case::new("BitCast", 26).input(tensor(&[2], &[-1i8, 5])).int("to", to);
+        assert_eq!(case(2).one(), tensor(&[2], &[255u8, 5]));
+        assert!(case(6).error().contains("differ in size"));
+        let float = Case::new("BitCast", 26).input(tensor(&[1], &[1f32])).int("to", 6);
+        assert!(float.error().contains("bits of f32"), "{}", float.error());
     }
 
     #[test]

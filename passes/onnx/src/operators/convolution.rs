@@ -2,15 +2,17 @@
 
 use ir::ValueId;
 use planfile::op::Window;
-use planfile::{Binary, DType, Expr, Op};
+use planfile::{Binary, Compare, DType, Dim, Expr, Op, Scalar};
 
 use super::pooling::{AutoPad, lists, window};
 use super::quantization::{requantize, shifted};
+use super::reshape::unsigned;
 use super::{Operator, row};
-use crate::context::{Context, OpError};
+use crate::context::{Context, OpError, number};
 
 #[rustfmt::skip]
 pub(super) const OPERATORS: &[Operator] = &[
+    row("Col2Im",        18, col2im),
     row("Conv",          1,  conv),
     row("ConvTranspose", 1,  conv_transpose),
     row("ConvInteger",   10, conv_integer),
@@ -57,7 +59,7 @@ fn by_channel(ctx: &mut Context<'_>, parameter: ValueId, rank: usize) -> Result<
     ctx.reshape(parameter, &[&[channels], vec![1; rank.saturating_sub(2)].as_slice()].concat())
 }
 
-fn add_bias(ctx: &mut Context<'_>, y: ValueId, bias: Option<ValueId>) -> Result<ValueId, OpError> {
+pub(super) fn add_bias(ctx: &mut Context<'_>, y: ValueId, bias: Option<ValueId>) -> Result<ValueId, OpError> {
     let Some(bias) = bias else { return Ok(y) };
     if ctx.sizes(bias) != ctx.sizes(y)[1..2] {
         return Err(ctx.invalid(&format!("bias {} for a result of {}", ctx.ty(bias), ctx.ty(y))));
@@ -159,6 +161,44 @@ fn qlinear_conv(ctx: &mut Context<'_>) -> Result<Vec<ValueId>, OpError> {
     Ok(vec![requantize(ctx, sum, x_scale, w_scale, y_scale, y_zero)?])
 }
 
+/// Adds up overlapping blocks: a transposed convolution whose filters each have a single 1.
+fn col2im(ctx: &mut Context<'_>) -> Result<Vec<ValueId>, OpError> {
+    let (x, image, block) = (ctx.operand(0)?, ctx.operand(1)?, ctx.operand(2)?);
+    let (image, block) = (ctx.constant_i64s(image)?, ctx.constant_i64s(block)?);
+    let (image, block) = (unsigned(ctx, &image)?, unsigned(ctx, &block)?);
+    let lists = lists(ctx, block.len())?;
+    let taps = ctx.count(&block)?;
+    let (&[batch, rows, positions], true) = (&ctx.sizes(x)[..], image.len() == block.len() && taps > 0) else {
+        return Err(ctx.invalid(&format!("{} for blocks {block:?} of {image:?}", ctx.ty(x))));
+    };
+    let (mut blocks, mut output_pads) = (Vec::new(), Vec::new());
+    for axis in 0..block.len() {
+        let (low, high) = lists.pads[axis];
+        let extent = i128::from(lists.dilations[axis]) * (i128::from(block[axis]) - 1) + 1;
+        let room = i128::from(image[axis]) + i128::from(low) + i128::from(high) - extent;
+        let stride = i128::from(lists.strides[axis]);
+        let Ok(room) = u64::try_from(room) else {
+            return Err(ctx.invalid(&format!("a block of {block:?} does not fit in {image:?}")));
+        };
+        blocks.push(room / stride as u64 + 1);
+        // What no block reaches at the end.
+        output_pads.push(room % stride as u64);
+    }
+    let channels = rows / taps;
+    if ctx.count(&blocks)? != positions || channels * taps != rows {
+        return Err(ctx.invalid(&format!("{} holds not {blocks:?} blocks of {block:?}", ctx.ty(x))));
+    }
+    let dtype = ctx.dtype(x);
+    let x = ctx.reshape(x, &[&[batch, rows], &blocks[..]].concat())?;
+    let own = Expr::index(0).binary(Binary::Rem, Expr::constant(Scalar::i64(taps.cast_signed())));
+    let one = own.compare(Compare::Eq, Expr::index(2)).select(number(dtype, 1.0), number(dtype, 0.0));
+    let dims = [rows, 1, taps].into_iter().map(Dim::Static).collect();
+    let filters = ctx.emit(Op::Pointwise { expr: one, dims }, &[])?;
+    let filters = ctx.reshape(filters, &[&[rows, 1], &block[..]].concat())?;
+    let window = Window { sizes: block, strides: lists.strides, dilations: lists.dilations, pads: lists.pads };
+    Ok(vec![ctx.emit(Op::Conv { window, groups: channels, transposed: true, output_pads }, &[x, filters])?])
+}
+
 #[cfg(test)]
 mod tests {
     use crate::harness::{Case, assert_close, tensor};
@@ -213,5 +253,12 @@ mod tests {
         let case = Case::new("Conv", 11).ints("kernel_shape", &[2]).input(tensor(&[1, 1, 3], &[1f32, 2.0, 3.0]));
         let error = case.constant(tensor(&[1, 1, 1], &[1f32])).error();
         assert!(error.contains("not that of the weights"), "{error}");
+    }
+
+    #[test]
+    fn overlapping_blocks_add_up() {
+        let case = Case::new("Col2Im", 18).input(tensor(&[1, 2, 2], &[1f32, 2.0, 10.0, 20.0]));
+        let case = case.constant(tensor(&[1], &[3i64])).constant(tensor(&[1], &[2i64]));
+        assert_eq!(case.one(), tensor(&[1, 1, 3], &[1f32, 12.0, 20.0]));
     }
 }

@@ -12,6 +12,7 @@ use crate::context::{Context, OpError, number};
 
 #[rustfmt::skip]
 pub(super) const OPERATORS: &[Operator] = &[
+    row("Det",           11, determinant),
     row("MatMul",        1,  matmul),
     row("Gemm",          7,  gemm),
     row("MatMulInteger", 10, matmul_integer),
@@ -158,6 +159,52 @@ fn qlinear_matmul(ctx: &mut Context<'_>) -> Result<Vec<ValueId>, OpError> {
     Ok(vec![requantize(ctx, y, a_scale, b_scale, y_scale, y_zero)?])
 }
 
+/// Largest matrix whose determinant is written out.
+const DETERMINANT_MAX: u64 = 4;
+
+/// Of each matrix in the last two dimensions, written out along the first row.
+fn determinant(ctx: &mut Context<'_>) -> Result<Vec<ValueId>, OpError> {
+    let x = ctx.operand(0)?;
+    let sizes = ctx.sizes(x);
+    let [batch @ .., rows, columns] = &sizes[..] else {
+        return Err(ctx.invalid(&format!("{} is no matrix", ctx.ty(x))));
+    };
+    if rows != columns || *rows == 0 {
+        return Err(ctx.invalid(&format!("{} is not square", ctx.ty(x))));
+    }
+    if *rows > DETERMINANT_MAX {
+        let hint = format!("determinants of {rows} rows; the limit is {DETERMINANT_MAX}");
+        return Err(ctx.unsupported(&hint));
+    }
+    let size = *rows as usize;
+    let last = sizes.len() as u8 - 1;
+    let mut elements = Vec::new();
+    for position in 0..size * size {
+        let row = ctx.slice_axis(x, last - 1, (position / size) as u64, 1)?;
+        let element = ctx.slice_axis(row, last, (position % size) as u64, 1)?;
+        elements.push(ctx.reshape(element, batch)?);
+    }
+    let all: Vec<usize> = (0..size).collect();
+    Ok(vec![ctx.pointwise(minor(0, &all, size), &elements)?])
+}
+
+/// The determinant of the rows from `row` on, in these columns.
+fn minor(row: usize, columns: &[usize], size: usize) -> Expr {
+    let mut sum: Option<Expr> = None;
+    for (position, &column) in columns.iter().enumerate() {
+        let element = Expr::operand((row * size + column) as u16);
+        let others: Vec<usize> = columns.iter().copied().filter(|&other| other != column).collect();
+        let term = if others.is_empty() { element } else { element.binary(Binary::Mul, minor(row + 1, &others, size)) };
+        let sign = if position % 2 == 0 { Binary::Add } else { Binary::Sub };
+        sum = Some(match sum {
+            None => term,
+            Some(sum) => sum.binary(sign, term),
+        });
+    }
+    // There is at least one column.
+    sum.unwrap_or_else(|| Expr::operand(0))
+}
+
 #[cfg(test)]
 mod tests {
     use planfile::Op;
@@ -238,5 +285,12 @@ mod tests {
         let case = case.constant(scale(2.0)).constant(byte(5));
         // 10 * 5 * 0.25 / 2 = 6.25 and 247.5: rounded, shifted by 5, cut at 255.
         assert_eq!(case.one(), tensor(&[1, 2], &[11u8, 253]));
+    }
+
+    #[test]
+    fn determinants() {
+        let case = |sizes: &[u64], x: &[f32]| Case::new("Det", 11).input(tensor(sizes, x)).one();
+        assert_close(&case(&[1, 2, 2], &[1.0, 2.0, 3.0, 4.0]), &[1], &[-2.0]);
+        assert_close(&case(&[3, 3], &[2.0, 0.0, 1.0, 1.0, 3.0, 0.0, 0.0, 1.0, 4.0]), &[], &[25.0]);
     }
 }

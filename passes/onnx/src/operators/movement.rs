@@ -10,13 +10,14 @@ use crate::context::{Context, OpError};
 
 #[rustfmt::skip]
 pub(super) const OPERATORS: &[Operator] = &[
-    row("Concat",       4,  concat),
-    row("DepthToSpace", 1,  depth_to_space),
-    row("Pad",          2,  pad_by_attributes),
-    row("Pad",          11, pad_by_inputs),
-    row("SpaceToDepth", 1,  space_to_depth),
-    row("Tile",         6,  tile),
-    row("Transpose",    1,  transpose),
+    row("CenterCropPad", 18, center_crop_pad),
+    row("Concat",        4,  concat),
+    row("DepthToSpace",  1,  depth_to_space),
+    row("Pad",           2,  pad_by_attributes),
+    row("Pad",           11, pad_by_inputs),
+    row("SpaceToDepth",  1,  space_to_depth),
+    row("Tile",          6,  tile),
+    row("Transpose",     1,  transpose),
 ];
 
 fn concat(ctx: &mut Context<'_>) -> Result<Vec<ValueId>, OpError> {
@@ -149,6 +150,29 @@ fn space_to_depth(ctx: &mut Context<'_>) -> Result<Vec<ValueId>, OpError> {
     Ok(vec![ctx.reshape(x, &result)?])
 }
 
+/// To these sizes by cropping or padding with 0 on both sides, the odd one at the end.
+fn center_crop_pad(ctx: &mut Context<'_>) -> Result<Vec<ValueId>, OpError> {
+    let (x, shape) = (ctx.operand(0)?, ctx.operand(1)?);
+    let (shape, sizes) = (ctx.constant_i64s(shape)?, ctx.sizes(x));
+    let axes = match ctx.ints("axes")? {
+        Some(axes) => ctx.axes(&axes, sizes.len())?,
+        None => (0..sizes.len() as u8).collect(),
+    };
+    if axes.len() != shape.len() || shape.iter().any(|size| !(0..1 << 40).contains(size)) {
+        return Err(ctx.invalid(&format!("sizes {shape:?} for axes {axes:?}")));
+    }
+    let (mut low, mut high) = (vec![0; sizes.len()], vec![0; sizes.len()]);
+    for (&axis, wanted) in axes.iter().zip(shape) {
+        let axis = usize::from(axis);
+        let more = i64::try_from(sizes[axis]).ok().and_then(|size| wanted.checked_sub(size));
+        let more = more.ok_or_else(|| ctx.invalid(&format!("{} is too large", ctx.ty(x))))?;
+        // Division rounds to zero, so that the larger half of either sign is at the end.
+        (low[axis], high[axis]) = (more / 2, more - more / 2);
+    }
+    let zero = ctx.scalar(ctx.dtype(x), 0.0);
+    Ok(vec![ctx.emit(Op::Pad { low, high, mode: PadMode::Constant }, &[x, zero])?])
+}
+
 #[cfg(test)]
 mod tests {
     use planfile::Tensor;
@@ -219,5 +243,15 @@ mod tests {
         let back = Case::new("SpaceToDepth", 13).input(dcr.one()).int("blocksize", 2);
         assert_eq!(back.one(), counted(&[1, 8, 1, 1]));
         assert!(dcr.int("blocksize", 3).error().contains("8 channels"));
+    }
+
+    #[test]
+    fn crops_and_pads_around_the_center() {
+        let case = |size: i64| {
+            let case = Case::new("CenterCropPad", 18).input(tensor(&[4], &[1f32, 2.0, 3.0, 4.0]));
+            case.constant(tensor(&[1], &[size])).one()
+        };
+        assert_eq!(case(1), tensor(&[1], &[2f32]));
+        assert_eq!(case(7), tensor(&[7], &[0f32, 1.0, 2.0, 3.0, 4.0, 0.0, 0.0]));
     }
 }

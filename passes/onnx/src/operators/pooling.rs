@@ -1,7 +1,7 @@
 //! Pooling, and the sliding windows that it shares with convolutions.
 
 use ir::ValueId;
-use planfile::op::{IndexOrder, PoolKind, ReduceKind, Window};
+use planfile::op::{IndexOrder, PadMode, PoolKind, ReduceKind, Window};
 use planfile::{Combine, Op};
 
 use super::reduction::norm_of;
@@ -10,6 +10,7 @@ use crate::context::{Context, OpError};
 
 #[rustfmt::skip]
 pub(super) const OPERATORS: &[Operator] = &[
+    row("MaxUnpool",         9, max_unpool),
     row("MaxPool",           1, max_pool),
     row("AveragePool",       1, average_pool),
     row("LpPool",            2, lp_pool),
@@ -163,6 +164,41 @@ fn global_lp_pool(ctx: &mut Context<'_>) -> Result<Vec<ValueId>, OpError> {
     Ok(vec![norm_of(ctx, x, p, axes, true)?])
 }
 
+/// Puts maxima back to where they were found; 0 elsewhere.
+fn max_unpool(ctx: &mut Context<'_>) -> Result<Vec<ValueId>, OpError> {
+    let (x, indices) = (ctx.operand(0)?, ctx.operand(1)?);
+    let (window, _) = pool_window(ctx, x)?;
+    let mut sizes = ctx.sizes(x);
+    let mut high = vec![0; sizes.len()];
+    for axis in 0..window.sizes.len() {
+        let size = i128::from(sizes[axis + 2]);
+        let (low, end) = window.pads[axis];
+        let whole = (size - 1) * i128::from(window.strides[axis]) + i128::from(window.sizes[axis]);
+        let whole = u64::try_from(whole - i128::from(low) - i128::from(end));
+        sizes[axis + 2] = whole.map_err(|_| ctx.invalid("the padding is larger than the result"))?;
+    }
+    if let Some(shape) = ctx.optional(2) {
+        let shape = ctx.constant_i64s(shape)?;
+        let more = |(&wanted, &size): (&i64, &u64)| wanted.checked_sub(i64::try_from(size).ok()?).filter(|&m| m >= 0);
+        let more: Option<Vec<i64>> = shape.iter().zip(&sizes).map(more).collect();
+        let more = more.filter(|more| more.len() == sizes.len());
+        high = more.ok_or_else(|| ctx.invalid(&format!("`output_shape` {shape:?} is below {sizes:?}")))?;
+    }
+    let dtype = ctx.dtype(x);
+    let zero = ctx.scalar(dtype, 0.0);
+    // Indices count through the whole result, batches and channels included.
+    let (count, found) = (ctx.count(&sizes)?, ctx.count(&ctx.sizes(x))?);
+    let empty = ctx.broadcast(zero, &[count])?;
+    let (flat, places) = (ctx.reshape(x, &[found])?, ctx.reshape(indices, &[found])?);
+    let y = ctx.emit(Op::ScatterElements { axis: 0, combine: None }, &[empty, places, flat])?;
+    let y = ctx.reshape(y, &sizes)?;
+    if high.iter().all(|&more| more == 0) {
+        return Ok(vec![y]);
+    }
+    let low = vec![0; high.len()];
+    Ok(vec![ctx.emit(Op::Pad { low, high, mode: PadMode::Constant }, &[y, zero])?])
+}
+
 #[cfg(test)]
 mod tests {
     use super::same_pads;
@@ -224,5 +260,14 @@ mod tests {
     fn refuses_pads_of_another_rank() {
         let error = Case::new("MaxPool", 12).ints("kernel_shape", &[2]).ints("pads", &[1]).input(ramp()).error();
         assert!(error.contains("`pads` [1]"), "{error}");
+    }
+
+    #[test]
+    fn unpooling_puts_maxima_back() {
+        let case = Case::new("MaxUnpool", 11).ints("kernel_shape", &[2]).ints("strides", &[2]);
+        let case = case.input(tensor(&[1, 1, 2], &[5f32, 7.0])).input(tensor(&[1, 1, 2], &[1i64, 2]));
+        assert_eq!(case.one(), tensor(&[1, 1, 4], &[0f32, 5.0, 7.0, 0.0]));
+        let larger = case.constant(tensor(&[3], &[1i64, 1, 5])).one();
+        assert_eq!(larger, tensor(&[1, 1, 5], &[0f32, 5.0, 7.0, 0.0, 0.0]));
     }
 }

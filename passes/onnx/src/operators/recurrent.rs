@@ -163,7 +163,8 @@ impl Direction {
 
     /// `state · weightsᵀ`
     fn product(&self, ctx: &mut Context<'_>, state: ValueId, weights: ValueId) -> Result<ValueId, OpError> {
-        let op = Op::Dot { batch: vec![], contract: vec![(1, 1)], accumulate: self.dtype.accumulator(), out: self.dtype };
+        let op =
+            Op::Dot { batch: vec![], contract: vec![(1, 1)], accumulate: self.dtype.accumulator(), out: self.dtype };
         ctx.emit(op, &[state, weights])
     }
 
@@ -199,17 +200,14 @@ impl Direction {
             }
         };
         let one = number(self.dtype, 1.0);
-        let mixed = add(
-            mul(sub(one, Expr::operand(0)), Expr::operand(1)),
-            mul(Expr::operand(0), Expr::operand(2)),
-        );
+        let mixed = add(mul(sub(one, Expr::operand(0)), Expr::operand(1)), mul(Expr::operand(0), Expr::operand(2)));
         Ok(State { hidden: ctx.pointwise(mixed, &[update, new, state])?, cell: None })
     }
 
     fn lstm(&self, ctx: &mut Context<'_>, x: ValueId, state: State) -> Result<State, OpError> {
         let Some(cell) = state.cell else { return Err(ctx.invalid("the cell state is missing")) };
         let product = self.product(ctx, state.hidden, self.weights)?;
-        let mut sum = |ctx: &mut Context<'_>, gate: u64, function: usize, peephole: Option<(u64, ValueId)>| {
+        let sum = |ctx: &mut Context<'_>, gate: u64, function: usize, peephole: Option<(u64, ValueId)>| {
             let mut operands = vec![self.block(ctx, x, gate)?, self.block(ctx, product, gate)?];
             let mut expr = add(Expr::operand(0), Expr::operand(1));
             if let (Some(weights), Some((index, cell))) = (self.peepholes, peephole) {
@@ -258,8 +256,7 @@ fn direction(
     if ctx.sizes(recurrence) != [rows, hidden] || ctx.sizes(weights).first() != Some(&rows) {
         return Err(ctx.invalid(&format!("weights are {} and {}", ctx.ty(w), ctx.ty(r))));
     }
-    let product =
-        Op::Dot { batch: vec![], contract: vec![(2, 1)], accumulate: dtype.accumulator(), out: dtype };
+    let product = Op::Dot { batch: vec![], contract: vec![(2, 1)], accumulate: dtype.accumulator(), out: dtype };
     let mut input = ctx.emit(product, &[x, weights])?;
     let scaled = kind == Kind::Gru && ctx.flag("linear_before_reset", false)?;
     let mut bias = None;

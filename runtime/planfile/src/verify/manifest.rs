@@ -58,9 +58,8 @@ fn check_names(manifest: &Manifest, report: &mut Report) {
     unique("states", duplicate(manifest.states.iter().map(|state| &state.name)));
     for entry in &manifest.entries {
         let names = |ports: &[PlanPort]| ports.iter().map(|port| port.name.clone()).collect::<Vec<_>>();
-        let inputs: Vec<String> =
-            [names(&entry.inputs), entry.pinned.iter().map(|pin| pin.0.clone()).collect()].concat();
-        unique("inputs", duplicate(inputs.iter()));
+        unique("inputs", duplicate(names(&entry.inputs).iter()));
+        unique("pinned inputs", duplicate(entry.pinned.iter().map(|pin| &pin.0)));
         unique("outputs", duplicate(names(&entry.outputs).iter()));
     }
 }
@@ -74,6 +73,12 @@ fn check_entry(entry: &PlanEntry, report: &mut Report) {
         let fine = bytes.and_then(|bytes| {
             let fine = bytes == value.data.len() as u64;
             fine.then_some(()).ok_or_else(|| format!("{} bytes for {}", value.data.len(), value.ty))
+        });
+        let port = entry.inputs.iter().find(|port| port.name == *name);
+        let fine = fine.and_then(|()| match port {
+            Some(port) if port.ty == value.ty => Ok(()),
+            Some(port) => Err(format!("{} for the input {}", value.ty, port.ty)),
+            None => Err("there is no such input".to_owned()),
         });
         report.check(format_args!("entry `{}`, pinned `{name}`", entry.name), fine);
     }

@@ -70,9 +70,15 @@ fn mesh_and_names() {
     refused("link of class `host` between (0, 2)", |plan| plan.manifest.links[0].ranks = (0, 2));
     refused("two weights are named `w`", |plan| plan.manifest.weights[1].name = "w".to_owned());
     refused("two inputs are named `x`", |plan| {
-        let value = Tensor::from_elements(&[1], &[1f32]).unwrap();
-        plan.manifest.entries[0].pinned.push(("x".to_owned(), value));
+        let again = plan.manifest.entries[0].inputs[0].clone();
+        plan.manifest.entries[0].inputs.push(again);
     });
+    let pin = |name: &str, sizes: &[u64]| (name.to_owned(), Tensor::zeroed(f32s(sizes)).unwrap());
+    refused("two pinned inputs are named `x`", |plan| {
+        plan.manifest.entries[0].pinned = vec![pin("x", &[2, 8]), pin("x", &[2, 8])];
+    });
+    refused("f32[1] for the input f32[2, 8]", |plan| plan.manifest.entries[0].pinned.push(pin("x", &[1])));
+    refused("there is no such input", |plan| plan.manifest.entries[0].pinned.push(pin("p", &[1])));
     refused("4 bytes for f32[3]", |plan| {
         let value = Tensor { ty: f32s(&[3]), data: Buffer::zeroed(4) };
         plan.manifest.entries[0].pinned.push(("p".to_owned(), value));

@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 
 use cpu::recipe::{RecipeError, Region, WeightBytes, read_region};
 use planfile::plan::{PlacedWeight, Plan, PlanPiece};
-
 use planfile::types::strides;
 use thiserror::Error;
 
@@ -39,10 +38,16 @@ pub fn write<E: std::error::Error>(
     }
     let mut at = 0;
     for (start, (placed, position)) in parts {
-        zeros(start - at, &mut sink)?;
+        // Images that overlap in part are no plan of ours, though they may verify.
+        let gap = start.checked_sub(at).ok_or_else(|| ImageError::Layout { weight: weight_name(plan, placed) })?;
+        zeros(gap, &mut sink)?;
         at = start + write_part(plan, placed, position, bytes, &mut sink)?;
     }
-    zeros(plan.manifest.image_bytes - at, &mut sink)
+    zeros(plan.manifest.image_bytes.saturating_sub(at), &mut sink)
+}
+
+fn weight_name(plan: &Plan, placed: &PlacedWeight) -> String {
+    plan.manifest.weights.get(placed.weight as usize).map(|weight| weight.name.clone()).unwrap_or_default()
 }
 
 fn zeros<E: std::error::Error>(count: u64, sink: &mut impl FnMut(&[u8]) -> Result<(), E>) -> Result<(), ImageError<E>> {
@@ -65,7 +70,7 @@ fn write_part<E: std::error::Error>(
     sink: &mut impl FnMut(&[u8]) -> Result<(), E>,
 ) -> Result<u64, ImageError<E>> {
     let weight = plan.manifest.weights.get(placed.weight as usize);
-    let name = || weight.map(|weight| weight.name.clone()).unwrap_or_default();
+    let name = || weight_name(plan, placed);
     let layout = || ImageError::Layout { weight: name() };
     let weight = weight.ok_or_else(layout)?;
     let total = placed.ty.bytes().ok_or_else(layout)?;

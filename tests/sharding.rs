@@ -1,0 +1,157 @@
+//! Sharded plans against unsharded ones: random modules of awkward sizes, on meshes that fit them badly.
+//!
+//! Each seed makes one small module. It is compiled for one device and for each mesh, run on virtual devices, and the
+//! outputs must agree. `SHARDING_SEEDS=100..400` runs other seeds than the usual ones.
+
+#![expect(clippy::unwrap_used, reason = "a test may stop at the first surprise, in its own functions too")]
+#![expect(clippy::panic, reason = "a failing seed is reported with its module")]
+
+#[path = "sharding/compositions.rs"]
+mod compositions;
+#[path = "sharding/modules.rs"]
+mod modules;
+#[path = "sharding/operations.rs"]
+mod operations;
+
+use std::ops::Range;
+
+use cpu::recipe::NoFiles;
+use ir::Mesh;
+use modules::{Case, Drawing, Known};
+use passes::pipeline::{Options, Settings};
+use passes::shard::{MeshChoice, ShardOptions, parse_mesh};
+use planfile::{Binary, Dim, Expr, Op, Target, Tensor, write_plan};
+use planwright::compiler::CompileError;
+use runtime::{Devices, Session, image};
+
+const MESHES: [&str; 9] = [
+    "tensor=2",
+    "tensor=3",
+    "tensor=4",
+    "tensor=6",
+    "tensor=8",
+    "data=2",
+    "data=3",
+    "data=2,tensor=3",
+    "pipe=3,tensor=2",
+];
+
+/// A share of the largest value of an output; sums in another order differ by far less.
+const TOLERANCE: f64 = 1e-4;
+
+/// Runs the case on the virtual devices of a mesh.
+fn run(case: &Case, mesh: Mesh, split_table_bytes: u64) -> Result<Vec<Tensor>, String> {
+    let target = Target::from_json(include_str!("../fixtures/targets/cpu.json")).unwrap();
+    let shard = ShardOptions { mesh: MeshChoice::Fixed(mesh), split_table_bytes };
+    let settings = Settings { weights: &NoFiles, options: Options::default(), shard, target: &target };
+    let plan =
+        passes::compile::run(case.module.clone(), &settings, &mut |_, _| {}).map_err(|error| error.to_string())?;
+    let plan = plan.ok_or("no plan")?;
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.plan");
+    write_plan(&path, &plan, |sink| {
+        image::write(&plan, &NoFiles, |bytes| sink.push(sink.position(), bytes))?;
+        Ok::<(), CompileError>(())
+    })
+    .map_err(|error| error.to_string())?;
+    let session = Session::load(&path, Devices::Virtual).map_err(|error| error.to_string())?;
+    let outputs = session.context().and_then(|mut context| context.run("main", &case.inputs));
+    Ok(outputs.map_err(|error| error.to_string())?.into_iter().map(|(_, tensor)| tensor).collect())
+}
+
+/// Where two runs differ, in words; integers must be equal.
+fn difference(expected: &[Tensor], actual: &[Tensor]) -> Option<String> {
+    expected.iter().zip(actual).enumerate().find_map(|(position, (expected, actual))| {
+        if expected.ty != actual.ty {
+            return Some(format!("output {position} is {}, expected {}", actual.ty, expected.ty));
+        }
+        let [a, b] = [expected, actual].map(runtime::compare::to_f64s);
+        let largest = a.iter().filter(|value| value.is_finite()).fold(0.0, |most: f64, value| most.max(value.abs()));
+        let allowed = if expected.ty.dtype.is_float() { TOLERANCE * largest } else { 0.0 };
+        let same = |a: f64, b: f64| a == b || (a.is_nan() && b.is_nan()) || (a - b).abs() <= allowed;
+        let at = a.iter().zip(&b).position(|(&a, &b)| !same(a, b))?;
+        Some(format!("output {position}, element {at}: {}, expected {} (largest {largest})", b[at], a[at]))
+    })
+}
+
+/// Compares the case on each mesh with one device.
+fn check(name: &str, case: &Case, meshes: &[&str]) -> Vec<String> {
+    let text = || case.module.summary_text();
+    let expected = match run(case, Mesh::default(), 1 << 40) {
+        Ok(outputs) => outputs,
+        Err(error) => return vec![format!("{name} on one device: {error}\n{}", text())],
+    };
+    let mut failures = Vec::new();
+    for mesh in meshes {
+        // Even seeds split their look-up tables by rows.
+        let split_table_bytes = if name.ends_with(['0', '2', '4', '6', '8']) { 0 } else { 1 << 40 };
+        let why = match run(case, parse_mesh(mesh).unwrap(), split_table_bytes) {
+            Ok(actual) => difference(&expected, &actual),
+            Err(error) => Some(error),
+        };
+        if let Some(why) = why {
+            failures.push(format!("{name} on {mesh}: {why}\n{}", text()));
+        }
+    }
+    failures
+}
+
+fn seeds(usual: Range<u64>) -> Range<u64> {
+    let Ok(text) = std::env::var("SHARDING_SEEDS") else { return usual };
+    let (from, to) = text.split_once("..").unwrap();
+    from.parse().unwrap()..to.parse().unwrap()
+}
+
+fn check_seeds(usual: Range<u64>, meshes: &[&str]) {
+    let failures: Vec<String> =
+        seeds(usual).flat_map(|seed| check(&format!("seed {seed}"), &Drawing::case(seed), meshes)).collect();
+    if !failures.is_empty() {
+        let heads: Vec<&str> = failures.iter().filter_map(|failure| failure.lines().next()).collect();
+        panic!("{} failures\n{}\n\nfirst module:\n{}", failures.len(), heads.join("\n"), failures[0]);
+    }
+}
+
+#[test]
+fn random_modules_on_one_axis() {
+    check_seeds(0..60, &MESHES[..7]);
+}
+
+#[test]
+fn random_modules_on_two_axes() {
+    check_seeds(1000..1060, &["pipe=2", "data=2,tensor=3", "pipe=3,tensor=2"]);
+}
+
+fn check_built(mesh: &str, build: impl FnOnce(&mut Drawing) -> Option<Known>) {
+    let mut drawing = Drawing::new(1);
+    build(&mut drawing).unwrap();
+    let failures = check("built", &drawing.finish(), &[mesh]);
+    assert!(failures.is_empty(), "{}", failures[0]);
+}
+
+/// Three nodes a stage: the product whose terms are pending ends one, the transpose that would pass them on begins the
+/// next. What is sent between stages is whole.
+#[test]
+fn pending_sums_end_with_their_stage() {
+    check_built("pipe=2,tensor=2", |drawing| {
+        let x = drawing.input(&[3, 8]);
+        let hidden = operations::product(drawing, x, 1, 6)?;
+        let hidden = operations::tame(drawing, Known { exact: false, ..hidden })?;
+        let terms = operations::product(drawing, hidden, 1, 5)?;
+        let moved = drawing.value(Op::Transpose { permutation: vec![1, 0] }, &[terms.id], terms, terms.range)?;
+        let shares = drawing.value(Op::Softmax { axis: 0, log: false }, &[moved.id], moved, 1.0)?;
+        drawing.value(Op::Softmax { axis: 1, log: false }, &[shares.id], shares, 1.0)
+    });
+}
+
+/// The last row of a weight alone on a rank, once without padding and once with a row of it.
+#[test]
+fn one_weight_padded_two_ways() {
+    check_built("data=2,tensor=3", |drawing| {
+        let x = drawing.input(&[3, 100]);
+        let w = drawing.weight(&[3, 100]);
+        drawing.value(operations::dot(&[], &[(1, 1)]), &[x.id, w.id], x, 5.0)?;
+        let dims = [3, 100].map(Dim::Static).to_vec();
+        let expr = Expr::operand(0).binary(Binary::Add, Expr::operand(1));
+        drawing.value(Op::Pointwise { expr, dims }, &[x.id, w.id], x, 7.0)
+    });
+}
