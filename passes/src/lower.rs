@@ -157,7 +157,7 @@ impl Lowering<'_> {
         for (index, value) in graph.values.iter().enumerate() {
             if let ValueDef::Input(port) = value.def {
                 let place = self.place(graph, schedule, stage, ValueId(index as u32))?;
-                inputs.push(Binding { port, place, splits: self.splits(graph, value, &ranks) });
+                inputs.push(Binding { port, place, splits: self.splits(value, &ranks) });
             }
         }
         for node in graph.nodes.iter().filter(|node| !is_view(node)) {
@@ -180,7 +180,7 @@ impl Lowering<'_> {
             if let Some(&offset) = schedule.copies.get(&output.value) {
                 place.at = Argument::Arena { offset };
             }
-            let splits = self.splits(graph, graph.value(output.value), &ranks);
+            let splits = self.splits(graph.value(output.value), &ranks);
             outputs.push(Binding { port: output.position, place, splits });
         }
         Ok(Program {
@@ -271,14 +271,14 @@ impl Lowering<'_> {
             ranks: graph.ranks.clone(),
             ty: local.ty.clone(),
             arena_offset,
-            splits: self.splits(graph, local, &graph.ranks),
+            splits: self.splits(local, &graph.ranks),
             images: Vec::new(),
         });
         Ok(arena_offset)
     }
 
     /// The pieces of every split dimension, for each of the ranks.
-    fn splits(&self, _graph: &Graph, value: &ir::Value, ranks: &[u32]) -> Vec<SplitDim> {
+    fn splits(&self, value: &ir::Value, ranks: &[u32]) -> Vec<SplitDim> {
         let mesh = &self.scheduled.module.mesh;
         let Some(shard) = &value.shard else { return Vec::new() };
         let plan_piece = |piece: &ir::Piece| PlanPiece { global: piece.global, local: piece.local, len: piece.len };
