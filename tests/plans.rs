@@ -5,7 +5,6 @@
 use std::fs;
 use std::path::Path;
 
-use onnx::load::LoadOptions;
 use passes::shard::{MeshChoice, parse_mesh};
 use planfile::Target;
 use planwright::compiler::Request;
@@ -38,23 +37,4 @@ fn same_bytes_in_every_run_and_folder() {
         assert!(first == bytes(&folder.join("model.onnx"), &data), "{name}: two runs differ");
         assert!(first == bytes(&copy, &data), "{name}: two folders differ");
     }
-}
-
-/// A graph whose weight file is absent: refused, unless random weights stand in for planning.
-#[test]
-fn random_weights_stand_in_for_absent_files() {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/external");
-    let mut request = request(&folder.join("model.onnx"), &TestData::default());
-    request.mesh = MeshChoice::Devices(1);
-    let refused = request.compile(&mut |_, _| {}).err().unwrap().to_string();
-    assert!(refused.contains("weights.bin") && refused.contains("--weights random:"), "{refused}");
-    request.load = LoadOptions { allow_missing_weights: true, ..LoadOptions::default() };
-    request.bindings.random_weights = Some(7);
-    let compiled = request.compile(&mut |_, _| {}).unwrap().unwrap();
-    let out = tempfile::tempdir().unwrap();
-    let [a, b] = ["a.plan", "b.plan"].map(|name| out.path().join(name));
-    compiled.write(&a, |_| {}).unwrap();
-    compiled.write(&b, |_| {}).unwrap();
-    assert!(fs::read(a).unwrap() == fs::read(b).unwrap());
-    assert!(compiled.plan.manifest.image_bytes >= 64 * 32 * 4);
 }

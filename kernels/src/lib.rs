@@ -1,6 +1,6 @@
-//! CUDA kernels: one descriptor per source in `cuda/`, and what every primitive costs in work.
+//! What every primitive costs in work; the CUDA kernels and their descriptors will live here.
 //!
-//! Kernels state operations and bytes; times are stated by `passes::cost` from a target's rates.
+//! This crate states operations and bytes; times are stated by `passes::cost` from a target's rates.
 
 mod work;
 

@@ -1,10 +1,11 @@
 //! From an imported module to a plan: the pipeline, the schedule, the lowering, and why it came out so.
 
+use ir::verify::verify;
 use ir::{Mesh, Module};
-use planfile::plan::{Alternative, Plan, PlanAxis};
+use planfile::plan::{Alternative, Explanations, Plan, PlanAxis};
 
 use crate::error::PassError;
-use crate::pipeline::{self, Settings};
+use crate::pipeline::{PIPELINE, Settings, advance};
 use crate::shard::{self, MeshChoice};
 use crate::{lower, schedule};
 
@@ -17,25 +18,30 @@ pub fn run(
     settings: &Settings<'_>,
     observer: &mut dyn FnMut(&str, &Module),
 ) -> Result<Option<Plan>, PassError> {
-    let mut whole = None;
-    let sharded = pipeline::run(module, settings, &mut |pass, module| {
-        if pass == "simplify" && matches!(settings.shard.mesh, MeshChoice::Devices(_)) {
-            whole = Some(module.clone());
-        }
-        observer(pass, module);
-    })?;
-    if settings.options.stop_after.is_some() {
+    settings.options.check()?;
+    verify(&module)?;
+    // Meshes are compared once, on the module that is sharded; the plan keeps the comparison.
+    let (before, after) = PIPELINE.split_at(PIPELINE.iter().position(|pass| pass.name == "shard").unwrap_or(0));
+    let (module, stopped) = advance(module, before, settings, observer)?;
+    if stopped {
         return Ok(None);
     }
-    let mut plan = lower::run(&schedule::run(sharded)?, settings.target)?;
-    if let (Some(whole), MeshChoice::Devices(devices)) = (whole, &settings.shard.mesh) {
-        let ranking = shard::rank_meshes(&whole, *devices, settings)?;
-        let others = ranking.iter().skip(1);
-        plan.explanations.alternatives = others.map(|(mesh, ns)| alternative(mesh, *ns)).collect();
-        if let Some((mesh, ns)) = ranking.first() {
-            plan.explanations.sharding.push(explain(mesh, *ns, ranking.len(), *devices));
+    let mut settings = settings.clone();
+    let mut explanations = Explanations::default();
+    if let MeshChoice::Devices(devices) = settings.shard.mesh {
+        let ranking = shard::rank_meshes(&module, devices, &settings)?;
+        if let Some(((mesh, ns), others)) = ranking.split_first() {
+            explanations.sharding.push(explain(mesh, *ns, ranking.len(), devices));
+            explanations.alternatives = others.iter().map(|(mesh, ns)| alternative(mesh, *ns)).collect();
+            settings.shard.mesh = MeshChoice::Fixed(mesh.clone());
         }
     }
+    let (module, stopped) = advance(module, after, &settings, observer)?;
+    if stopped {
+        return Ok(None);
+    }
+    let mut plan = lower::run(&schedule::run(module)?, settings.target)?;
+    plan.explanations = Explanations { names: plan.explanations.names, ..explanations };
     Ok(Some(plan))
 }
 

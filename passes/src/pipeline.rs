@@ -75,16 +75,25 @@ pub fn run(
 ) -> Result<Module, PassError> {
     settings.options.check()?;
     verify(&module)?;
-    let mut module = module;
-    for pass in PIPELINE {
+    advance(module, PIPELINE, settings, observer).map(|(module, _)| module)
+}
+
+/// Runs these rows; says whether one of them was to be the last.
+pub(crate) fn advance(
+    mut module: Module,
+    rows: &[Pass],
+    settings: &Settings<'_>,
+    observer: &mut dyn FnMut(&str, &Module),
+) -> Result<(Module, bool), PassError> {
+    for pass in rows {
         module = (pass.run)(module, settings)?;
         verify(&module).map_err(|error| PassError::Invalid { pass: pass.name, why: error.to_string() })?;
         observer(pass.name, &module);
         if settings.options.stops_after(pass.name) {
-            break;
+            return Ok((module, true));
         }
     }
-    Ok(module)
+    Ok((module, false))
 }
 
 #[cfg(test)]
