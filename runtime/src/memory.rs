@@ -8,11 +8,8 @@ use crate::error::{RuntimeError, StepError};
 
 /// Zeros, or an error where the machine has no room for them.
 pub(crate) fn allocate(bytes: u64, what: impl FnOnce() -> String) -> Result<Buffer, RuntimeError> {
-    let fits = |len: usize| Vec::<u64>::new().try_reserve_exact(len.div_ceil(8)).is_ok();
-    match usize::try_from(bytes) {
-        Ok(len) if fits(len) => Ok(Buffer::zeroed(len)),
-        _ => Err(RuntimeError::Memory { what: what(), bytes }),
-    }
+    let data = usize::try_from(bytes).ok().and_then(Buffer::try_zeroed);
+    data.ok_or_else(|| RuntimeError::Memory { what: what(), bytes })
 }
 
 /// A rank's memory while it executes a program.

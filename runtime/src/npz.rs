@@ -44,7 +44,7 @@ pub fn read_npz(path: &Path) -> Result<BTreeMap<String, Tensor>, TensorFileError
 fn read_array<R: Read + Seek>(archive: &mut NpzArchive<R>, name: &str) -> Result<Tensor, String> {
     let file = npyz::npz::file_name_from_array_name(name);
     let mut entry = archive.zip_archive().by_name(&file).map_err(|error| error.to_string())?;
-    let header = NpyHeader::from_reader(&mut entry).map_err(|error| error.to_string())?;
+    let header = read_header(&mut entry)?;
     let (dtype, swapped) = element_type(&header)?;
     let shape = header.shape();
     if header.order() == Order::Fortran && shape.iter().filter(|&&size| size != 1).count() > 1 {
@@ -64,6 +64,53 @@ fn read_array<R: Read + Seek>(archive: &mut NpzArchive<R>, name: &str) -> Result
         return Err("a boolean is neither 0 nor 1".to_owned());
     }
     Ok(Tensor { ty, data })
+}
+
+/// Longest text of a header, in bytes. NumPy itself refuses more than 10,000 unless told otherwise.
+const HEADER_BYTES: usize = 64 << 10;
+/// Brackets in brackets that a header may have: a dictionary with a tuple, or with a list of tuples.
+const HEADER_DEPTH: usize = 8;
+
+/// Reads a header. Its text is parsed by recursion and its sizes are multiplied unchecked, so both are looked at first.
+fn read_header(entry: &mut impl Read) -> Result<NpyHeader, String> {
+    let cut = |error: std::io::Error| format!("its header: {error}");
+    let mut start = [0; 8];
+    entry.read_exact(&mut start).map_err(cut)?;
+    let mut length = [0; 4];
+    let width = if start[6] == 1 { 2 } else { 4 };
+    entry.read_exact(&mut length[..width]).map_err(cut)?;
+    let bytes = u32::from_le_bytes(length) as usize;
+    if bytes > HEADER_BYTES {
+        return Err(format!("its header takes {bytes} bytes, at most {HEADER_BYTES} are read"));
+    }
+    let mut text = vec![0; bytes];
+    entry.read_exact(&mut text).map_err(cut)?;
+    check_header(&text)?;
+    let whole = [&start, &length[..width], &text].concat();
+    NpyHeader::from_reader(whole.as_slice()).map_err(|error| error.to_string())
+}
+
+/// Whether a header's text is flat enough to parse, and no product of its numbers overflows.
+fn check_header(text: &[u8]) -> Result<(), String> {
+    let (mut depth, mut deepest) = (0usize, 0);
+    for byte in text {
+        match byte {
+            b'(' | b'[' | b'{' => depth += 1,
+            b')' | b']' | b'}' => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        deepest = deepest.max(depth);
+    }
+    if deepest > HEADER_DEPTH {
+        return Err(format!("its header nests {deepest} deep, at most {HEADER_DEPTH} is read"));
+    }
+    let mut numbers = text.split(|byte| !byte.is_ascii_digit()).filter(|digits| !digits.is_empty());
+    let number = |digits: &[u8]| std::str::from_utf8(digits).ok()?.parse::<u64>().ok();
+    let product = numbers.try_fold(1u64, |product, digits| product.checked_mul(number(digits)?.max(1)));
+    product
+        .filter(|&product| product <= i64::MAX as u64)
+        .map(drop)
+        .ok_or_else(|| "it does not fit in memory".to_owned())
 }
 
 /// The element type, and whether it is stored big-endian.
@@ -220,5 +267,30 @@ mod tests {
         assert!(long.contains("more bytes"), "{long}");
         let huge = message("{'descr': '<f8', 'fortran_order': False, 'shape': (4611686018427387904,)}\n", &[]);
         assert!(huge.contains("does not fit"), "{huge}");
+    }
+
+    #[test]
+    fn hostile_headers_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let message = |header: &str| archive(folder.path(), header, &[]).unwrap_err().to_string();
+        for shape in ["(4294967296, 4294967296, 4)", "(0, 18446744073709551615, 3)", "(99999999999999999999,)"] {
+            let overflow = message(&format!("{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}}}\n"));
+            assert!(overflow.contains("does not fit"), "{overflow}");
+        }
+        let deep = message(&format!("{{'descr': {}", "[".repeat(50_000)));
+        assert!(deep.contains("nests 50001 deep"), "{deep}");
+        let missing = message("{'descr': '|u1'}\n");
+        assert!(missing.contains("fortran_order"), "{missing}");
+    }
+
+    #[test]
+    fn a_length_beyond_the_file_is_refused_before_reading() {
+        let mut start = b"\x93NUMPY\x02\x00".to_vec();
+        start.extend(u32::MAX.to_le_bytes());
+        let error = read_header(&mut start.as_slice()).err().unwrap();
+        assert!(error.contains("takes 4294967295 bytes"), "{error}");
+        for length in 0..start.len() {
+            assert!(read_header(&mut &start[..length]).is_err());
+        }
     }
 }

@@ -139,18 +139,23 @@ impl<'a> SourceFiles<'a> {
             }
             Err(source) => return Err(OnnxError::Io { path: joined, action: "find", source }),
         };
-        let root = self.options.external_data_root.as_ref().unwrap_or(&self.folder);
-        let canonical_root =
-            root.canonicalize().map_err(|source| OnnxError::Io { path: root.clone(), action: "find", source })?;
-        if !opened.starts_with(&canonical_root) {
-            return Err(fail(ExternalProblem::Outside { root: root.clone() }));
+        let is_below = |root: &PathBuf| -> Result<bool, OnnxError> {
+            let canonical = root.canonicalize();
+            let found = canonical.map_err(|source| OnnxError::Io { path: root.clone(), action: "find", source })?;
+            Ok(opened.starts_with(&found))
+        };
+        let root = self.options.external_data_root.as_ref();
+        let is_trusted = root.map(is_below).transpose()?.unwrap_or(false);
+        if !is_trusted && !is_below(&self.folder)? {
+            let root = root.unwrap_or(&self.folder).clone();
+            return Err(fail(ExternalProblem::Outside { root }));
         }
         let about =
             opened.metadata().map_err(|source| OnnxError::Io { path: opened.clone(), action: "look at", source })?;
         if !about.is_file() {
             return Err(fail(ExternalProblem::NotAFile));
         }
-        if about.nlink() > 1 && self.options.external_data_root.is_none() {
+        if about.nlink() > 1 && !is_trusted {
             return Err(fail(ExternalProblem::HardLinked { links: about.nlink() }));
         }
         Ok(SourceFile { path: name, len: about.len(), absent: false, read_on_loading: false, opened })
@@ -312,9 +317,15 @@ mod tests {
         std::os::unix::fs::symlink(&target, &link).unwrap();
         assert!(matches!(problem(&saved), ExternalProblem::Outside { .. }));
         load(&saved.path, &with_root).unwrap();
+        // A root elsewhere does not forbid what lies beside the model.
+        fs::remove_file(&link).unwrap();
+        fs::write(&link, [0; 8]).unwrap();
+        load(&saved.path, &with_root).unwrap();
         fs::remove_file(&link).unwrap();
         fs::hard_link(&target, &link).unwrap();
         assert_eq!(problem(&saved), ExternalProblem::HardLinked { links: 2 });
+        // Nor does it allow a hard link outside of itself.
+        assert!(matches!(load(&saved.path, &with_root), Err(OnnxError::ExternalData { .. })));
         let with_root =
             LoadOptions { external_data_root: Some(saved.folder.path().to_owned()), ..LoadOptions::default() };
         load(&saved.path, &with_root).unwrap();

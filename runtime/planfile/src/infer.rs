@@ -1,8 +1,11 @@
 //! Result types of primitives from operand types: the one place that states what is legal.
 
+mod window;
+
 use crate::dtype::DType;
-use crate::op::{Groups, Op, PadMode, PoolKind, ReduceKind, Window};
+use crate::op::{Groups, Op, PadMode, PoolKind, Real, ReduceKind, ResizeMode};
 use crate::types::{Dim, TensorType};
+use window::{infer_conv, infer_pool};
 
 type Inferred = Result<Vec<TensorType>, String>;
 
@@ -105,14 +108,14 @@ fn infer_counted(op: &Op, operands: &[&TensorType]) -> Inferred {
         Op::GatherElements { axis } => {
             check_axis(operands[0], *axis)?;
             check_indices(operands[1])?;
-            same_rank(operands[0], operands[1])?;
+            check_elements(operands[0], operands[1], *axis)?;
             one(operands[1].with_dtype(operands[0].dtype))
         }
         Op::GatherNd { batch } => one(infer_gather_nd(operands[0], operands[1], usize::from(*batch))?),
         Op::ScatterElements { axis, .. } => {
             check_axis(operands[0], *axis)?;
             check_indices(operands[1])?;
-            same_rank(operands[0], operands[1])?;
+            check_elements(operands[0], operands[1], *axis)?;
             if operands[1].dims != operands[2].dims || operands[2].dtype != operands[0].dtype {
                 return Err(format!("updates {} for indices {} into {}", operands[2], operands[1], operands[0]));
             }
@@ -144,11 +147,12 @@ fn infer_counted(op: &Op, operands: &[&TensorType]) -> Inferred {
             broadcastable(operands[0], &ty)?;
             one(ty)
         }
-        Op::Resize { scales, region, sizes, .. } => {
+        Op::Resize { mode, scales, region, sizes, .. } => {
             let rank = operands[0].rank();
             if [scales.len(), region.len(), sizes.len()] != [rank; 3] {
                 return Err(format!("needs {rank} scales, regions and sizes"));
             }
+            check_scales(operands[0], *mode, scales, sizes)?;
             one(TensorType::new(operands[0].dtype, sizes))
         }
         Op::TopK { axis, k, .. } => {
@@ -206,6 +210,14 @@ fn check_indices(ty: &TensorType) -> Result<(), String> {
     fine.then_some(()).ok_or_else(|| format!("indices are {ty}, expected i32 or i64"))
 }
 
+/// Whether element-wise indices along `axis` stay inside of `x` on the other axes, where they name their own position.
+fn check_elements(x: &TensorType, indices: &TensorType, axis: u8) -> Result<(), String> {
+    same_rank(x, indices)?;
+    let inside = |position: usize| position == usize::from(axis) || indices.size(position) <= x.size(position);
+    let fine = (0..x.rank()).all(inside);
+    fine.then_some(()).ok_or_else(|| format!("indices {indices} reach outside of {x} on another axis than {axis}"))
+}
+
 fn require_float(ty: &TensorType) -> Result<(), String> {
     ty.dtype.is_float().then_some(()).ok_or_else(|| format!("{ty} is not of a floating-point type"))
 }
@@ -253,86 +265,6 @@ fn infer_dot(
     };
     let batch_dims: Vec<Dim> = batch.iter().map(|pair| a.dims[usize::from(pair.0)]).collect();
     Ok(TensorType { dtype: out, dims: [batch_dims, free(a, &a_used), free(b, &b_used)].concat() })
-}
-
-fn check_window(window: &Window, spatial: usize) -> Result<(), String> {
-    let Window { sizes, strides, dilations, pads } = window;
-    if [sizes.len(), strides.len(), dilations.len(), pads.len()] != [spatial; 4] {
-        return Err(format!("the window must have {spatial} spatial dimensions"));
-    }
-    let positive = sizes.iter().chain(strides).chain(dilations).all(|&n| n > 0 && n < 1 << 31);
-    let bounded = pads.iter().all(|pad| pad.0.unsigned_abs() < 1 << 31 && pad.1.unsigned_abs() < 1 << 31);
-    (positive && bounded).then_some(()).ok_or_else(|| "window, strides and dilations must be positive".to_owned())
-}
-
-/// Positions of a window along a dimension of `size`; arithmetic in `i128` cannot overflow for 63-bit sizes.
-fn window_positions(size: u64, window: &Window, axis: usize, ceil: bool) -> Result<u64, String> {
-    let extent = i128::from(window.dilations[axis]) * (i128::from(window.sizes[axis]) - 1) + 1;
-    let (low, high) = window.pads[axis];
-    let span = i128::from(size) + i128::from(low) + i128::from(high) - extent;
-    if span < 0 {
-        return Err(format!("a window of extent {extent} does not fit in {size} padded by ({low}, {high})"));
-    }
-    let stride = i128::from(window.strides[axis]);
-    let mut positions = span / stride + 1;
-    // The rounded-up window must start inside the input or the low padding.
-    if ceil && span % stride != 0 && positions * stride < i128::from(size) + i128::from(low) {
-        positions += 1;
-    }
-    u64::try_from(positions).map_err(|_| "the window has too many positions".to_owned())
-}
-
-fn infer_conv(
-    x: &TensorType,
-    w: &TensorType,
-    window: &Window,
-    groups: u64,
-    transposed: bool,
-    output_pads: &[u64],
-) -> Result<TensorType, String> {
-    same_rank(x, w)?;
-    if x.rank() < 2 {
-        return Err(format!("{x} has no channels"));
-    }
-    let spatial = x.rank() - 2;
-    check_window(window, spatial)?;
-    if output_pads.len() != spatial || window.sizes != w.sizes()[2..] {
-        return Err(format!("the window does not match the weights {w}"));
-    }
-    let (inputs, rows, columns) = (x.size(1), w.size(0), w.size(1));
-    let channels_fit = groups > 0
-        && if transposed { rows == inputs } else { columns.checked_mul(groups) == Some(inputs) }
-        && rows.is_multiple_of(groups);
-    if !channels_fit {
-        return Err(format!("{groups} groups do not divide the channels of {x} and {w}"));
-    }
-    let outputs = if transposed { columns.checked_mul(groups) } else { Some(rows) };
-    let mut sizes = vec![x.size(0), outputs.ok_or("too many channels")?];
-    for (axis, &output_pad) in output_pads.iter().enumerate() {
-        let size = x.size(axis + 2);
-        sizes.push(if transposed {
-            let extent = i128::from(window.dilations[axis]) * (i128::from(window.sizes[axis]) - 1) + 1;
-            let (low, high) = window.pads[axis];
-            let stretched = i128::from(window.strides[axis]) * (i128::from(size) - 1);
-            let total = stretched + extent + i128::from(output_pad) - i128::from(low) - i128::from(high);
-            u64::try_from(total).map_err(|_| format!("axis {axis} of the result has size {total}"))?
-        } else {
-            window_positions(size, window, axis, false)?
-        });
-    }
-    Ok(TensorType::new(x.dtype, &sizes))
-}
-
-fn infer_pool(x: &TensorType, window: &Window, ceil: bool) -> Result<TensorType, String> {
-    if x.rank() < 2 {
-        return Err(format!("{x} has no channels"));
-    }
-    check_window(window, x.rank() - 2)?;
-    let mut sizes = x.sizes();
-    for axis in 0..x.rank() - 2 {
-        sizes[axis + 2] = window_positions(x.size(axis + 2), window, axis, ceil)?;
-    }
-    Ok(TensorType::new(x.dtype, &sizes))
 }
 
 fn infer_reduce(x: &TensorType, kind: ReduceKind, axes: &[u8], keep: bool) -> Result<TensorType, String> {
@@ -386,6 +318,21 @@ fn check_slice(x: &TensorType, starts: &[crate::expr::RankScalar], steps: &[i64]
             if sizes[axis] > 0 && (!inside || steps[axis] == 0) {
                 return Err(format!("axis {axis}: {} from {first} by {} leaves {x}", sizes[axis], steps[axis]));
             }
+        }
+    }
+    Ok(())
+}
+
+/// A filter that goes with the scale widens as it shrinks: the scale must be that of the sizes, up to rounding, or each
+/// of many positions would be made from all of the input.
+fn check_scales(x: &TensorType, mode: ResizeMode, scales: &[Real], sizes: &[u64]) -> Result<(), String> {
+    let (ResizeMode::Linear { antialias: true } | ResizeMode::Cubic { antialias: true, .. }) = mode else {
+        return Ok(());
+    };
+    for (axis, (scale, &size)) in scales.iter().zip(sizes).enumerate() {
+        let implied = 2.0 * scale.0 * x.size(axis) as f64;
+        if implied.is_nan() || implied < size as f64 {
+            return Err(format!("a scale of {} does not make {size} of axis {axis} of {x}", scale.0));
         }
     }
     Ok(())
@@ -482,4 +429,41 @@ fn scale_axis(ty: &TensorType, axis: u8, times: u64, divided_by: u64) -> Result<
     let mut result = ty.clone();
     result.dims[usize::from(axis)] = Dim::Static(scaled / divided_by);
     Ok(result)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::op::Coordinates;
+
+    #[test]
+    fn widening_filters_have_the_scale_of_their_sizes() {
+        let resize = |antialias, scale| {
+            let op = Op::Resize {
+                mode: ResizeMode::Linear { antialias },
+                coordinates: Coordinates::HalfPixel,
+                scales: vec![Real(scale)],
+                region: vec![(Real(0.0), Real(1.0))],
+                sizes: vec![3],
+            };
+            infer(&op, &[&TensorType::new(DType::F32, &[7])])
+        };
+        assert!(resize(true, 3.0 / 7.0).is_ok() && resize(true, 0.5).is_ok());
+        assert!(resize(true, 1e-30).unwrap_err().contains("does not make 3 of axis 0"));
+        assert!(resize(true, f64::NAN).is_err() && resize(true, -1.0).is_err());
+        assert!(resize(false, 1e-30).is_ok());
+    }
+
+    #[test]
+    fn indices_of_elements_stay_inside_on_other_axes() {
+        let ty = |dtype, sizes: &[u64]| TensorType::new(dtype, sizes);
+        let x = ty(DType::F32, &[2, 3]);
+        for (sizes, fine) in [([2, 9], true), ([1, 0], true), ([3, 3], false), ([1 << 40, 0], false)] {
+            let indices = ty(DType::I64, &sizes);
+            let updates = ty(DType::F32, &sizes);
+            assert_eq!(infer(&Op::GatherElements { axis: 1 }, &[&x, &indices]).is_ok(), fine, "{sizes:?}");
+            let scatter = Op::ScatterElements { axis: 1, combine: None };
+            assert_eq!(infer(&scatter, &[&x, &indices, &updates]).is_ok(), fine, "{sizes:?}");
+        }
+    }
 }

@@ -20,6 +20,13 @@ impl Buffer {
         Self { words: vec![0; len.div_ceil(8)], len }
     }
 
+    /// As [`Self::zeroed`]; `None` where the machine has no room for it.
+    pub fn try_zeroed(len: usize) -> Option<Self> {
+        // Reserved and given back first: there is no fallible way to get memory that is zero already.
+        Vec::<u64>::new().try_reserve_exact(len.div_ceil(8)).ok()?;
+        Some(Self::zeroed(len))
+    }
+
     pub fn from_bytes(bytes: &[u8]) -> Self {
         let mut buffer = Self::zeroed(bytes.len());
         buffer.bytes_mut().copy_from_slice(bytes);
@@ -82,10 +89,10 @@ elements!(u8 => U8, u16 => U16, u32 => U32, u64 => U64, i8 => I8, i16 => I16, i3
           half::f16 => F16, half::bf16 => BF16, f32 => F32, f64 => F64);
 
 impl Tensor {
-    /// Zeros. `None` when the type's byte count overflows the address space.
+    /// Zeros. `None` where the machine has no room for as many bytes as the type says.
     pub fn zeroed(ty: TensorType) -> Option<Self> {
         let len = usize::try_from(ty.bytes()?).ok()?;
-        Some(Self { ty, data: Buffer::zeroed(len) })
+        Some(Self { ty, data: Buffer::try_zeroed(len)? })
     }
 
     /// A tensor from its elements; `None` unless there are as many as the sizes say.

@@ -220,12 +220,20 @@ pub(crate) fn op(c: &mut Choices<'_>, kind: u64, ranks: &[u32]) -> (Op, Vec<Tens
                 Coordinates::TfCropAndResize { extrapolation: c.real() },
             ];
             let drawn = sizes.iter().map(|_| (c.real(), c.real())).collect();
+            let mode = c.pick(&[nearest, linear, cubic]);
+            let resized: Vec<u64> = sizes.iter().map(|_| c.size()).collect();
+            let mut scales: Vec<Real> = sizes.iter().map(|_| c.real()).collect();
+            if matches!(mode, ResizeMode::Linear { antialias: true } | ResizeMode::Cubic { antialias: true, .. }) {
+                // The scale decides how many elements are averaged, so it must fit the sizes.
+                let implied = |(&to, &from): (&u64, &u64)| Real(to as f64 / from.max(1) as f64);
+                scales = resized.iter().zip(&sizes).map(implied).collect();
+            }
             let resize = Op::Resize {
-                mode: c.pick(&[nearest, linear, cubic]),
+                mode,
                 coordinates: c.pick(&coordinates),
-                scales: sizes.iter().map(|_| c.real()).collect(),
+                scales,
                 region: c.pick(&[vec![(Real(0.0), Real(1.0)); rank], drawn]),
-                sizes: sizes.iter().map(|_| c.size()).collect(),
+                sizes: resized,
             };
             (resize, vec![x])
         }

@@ -1,0 +1,395 @@
+//! Models made to break what reads them: `compile` refuses each with a reason, in bounded memory.
+
+#![expect(clippy::panic, clippy::unwrap_used, reason = "a test stops at the first surprise")]
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use onnx::messages::{
+    AttributeProto, AttributeType, FunctionProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto,
+    SparseTensorProto, StringStringEntryProto, TensorProto, TensorShapeProto, TypeProto, ValueInfoProto, type_proto,
+};
+use prost::Message as _;
+use tempfile::TempDir;
+
+/// Address space of a command, in KiB: code, stacks and all else included.
+const ADDRESS_SPACE_KIB: u64 = 1 << 20;
+
+fn texts(names: &[&str]) -> Vec<String> {
+    names.iter().map(|name| (*name).to_owned()).collect()
+}
+
+fn node(op: &str, inputs: &[&str], outputs: &[&str], attribute: Vec<AttributeProto>) -> NodeProto {
+    NodeProto { op_type: op.into(), input: texts(inputs), output: texts(outputs), attribute, ..NodeProto::default() }
+}
+
+fn call(function: &str) -> NodeProto {
+    NodeProto { domain: "my".into(), ..node(function, &["x"], &["y"], vec![]) }
+}
+
+fn attribute(name: &str, r#type: AttributeType) -> AttributeProto {
+    AttributeProto { name: name.into(), r#type: r#type as i32, ..AttributeProto::default() }
+}
+
+fn body(name: &str, graph: GraphProto) -> AttributeProto {
+    AttributeProto { g: Some(Box::new(graph)), ..attribute(name, AttributeType::Graph) }
+}
+
+/// An `f32` without dimensions, `f32[2]` or such.
+fn value(name: &str, elem_type: i32, sizes: &[i64]) -> ValueInfoProto {
+    use onnx::messages::{Dimension, DimensionValue};
+    let dim = |&size: &i64| Dimension { value: Some(DimensionValue::DimValue(size)) };
+    let shape = Some(TensorShapeProto { dim: sizes.iter().map(dim).collect() });
+    let tensor = type_proto::Tensor { elem_type, shape };
+    ValueInfoProto { name: name.into(), r#type: Some(TypeProto { value: Some(type_proto::Value::TensorType(tensor)) }) }
+}
+
+/// From `x: f32[2]` to `y`.
+fn graph(nodes: Vec<NodeProto>) -> GraphProto {
+    GraphProto {
+        name: "main".into(),
+        node: nodes,
+        input: vec![value("x", 1, &[2])],
+        output: vec![value("y", 1, &[2])],
+        ..GraphProto::default()
+    }
+}
+
+fn opset(domain: &str, version: i64) -> OperatorSetIdProto {
+    OperatorSetIdProto { domain: domain.into(), version }
+}
+
+fn model(graph: GraphProto, functions: Vec<FunctionProto>) -> Vec<u8> {
+    let opset_import = vec![opset("", 17), opset("my", 1)];
+    ModelProto { ir_version: Some(8), graph: Some(graph), opset_import, functions, ..ModelProto::default() }
+        .encode_to_vec()
+}
+
+fn function(name: &str, nodes: Vec<NodeProto>) -> FunctionProto {
+    FunctionProto {
+        name: name.into(),
+        domain: "my".into(),
+        input: texts(&["x"]),
+        output: texts(&["y"]),
+        node: nodes,
+        opset_import: vec![opset("", 17), opset("my", 1)],
+        ..FunctionProto::default()
+    }
+}
+
+/// A folder with a model in a folder of its own.
+struct Desk {
+    folder: TempDir,
+}
+
+impl Desk {
+    fn new(model: &[u8]) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        fs::create_dir(folder.path().join("model")).unwrap();
+        fs::write(folder.path().join("model/x.onnx"), model).unwrap();
+        Self { folder }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// Runs `compile`, with little room: its exit code and what it said.
+    fn compile(&self, arguments: &[&str]) -> (i32, String) {
+        let script = format!("ulimit -v {ADDRESS_SPACE_KIB} && exec \"$0\" \"$@\"");
+        let Output { status, stdout, stderr } = Command::new("sh")
+            .args(["-c", &script, env!("CARGO_BIN_EXE_compile"), "model/x.onnx", "-o", "x.plan"])
+            .args(arguments)
+            .current_dir(self.folder.path())
+            .output()
+            .unwrap();
+        let said = [stdout, stderr].map(|bytes| String::from_utf8(bytes).unwrap()).concat();
+        assert!(!said.contains("panicked"), "{said}");
+        let code = status.code().unwrap_or_else(|| panic!("`compile` was killed: {said}"));
+        // Lines are broken to the width of the terminal.
+        (code, said.replace('│', " ").split_whitespace().collect::<Vec<_>>().join(" "))
+    }
+
+    #[track_caller]
+    fn refused(&self, words: &str) {
+        let (code, said) = self.compile(&[]);
+        assert_eq!(code, 3, "{said}");
+        assert!(said.contains(words), "`{words}` is not in\n{said}");
+        assert!(!self.path("x.plan").exists());
+    }
+}
+
+#[test]
+fn cyclic_functions_are_refused() {
+    let alone = vec![function("a", vec![call("a")])];
+    let ring = vec![
+        function("a", vec![call("b")]),
+        function("b", vec![call("c")]),
+        function("c", vec![node("Neg", &["x"], &["z"], vec![]), call("a")]),
+    ];
+    // Through the body of a node.
+    let branch = || GraphProto { input: vec![], ..graph(vec![call("a")]) };
+    let inner = node("If", &["c"], &["y"], vec![body("then_branch", branch()), body("else_branch", branch())]);
+    let inside = vec![function("a", vec![node("Cast", &["x"], &["c"], vec![]), inner])];
+    for functions in [alone, ring, inside] {
+        Desk::new(&model(graph(vec![call("a")]), functions)).refused("`my.a`");
+    }
+}
+
+#[test]
+fn functions_that_double_at_each_level_are_refused() {
+    let level = |number: usize| {
+        let (first, second) = (call(&format!("f{}", number + 1)), call(&format!("f{}", number + 1)));
+        let first = NodeProto { output: texts(&["z"]), ..first };
+        function(&format!("f{number}"), vec![first, NodeProto { input: texts(&["z"]), ..second }])
+    };
+    let mut functions: Vec<FunctionProto> = (0..60).map(level).collect();
+    functions.push(function("f60", vec![node("Neg", &["x"], &["y"], vec![])]));
+    Desk::new(&model(graph(vec![call("f0")]), functions)).refused("function");
+    // One call each, but 10,000 deep.
+    let level = |number: usize| function(&format!("f{number}"), vec![call(&format!("f{}", number + 1))]);
+    let mut functions: Vec<FunctionProto> = (0..10_000).map(level).collect();
+    functions.push(function("f10000", vec![node("Neg", &["x"], &["y"], vec![])]));
+    Desk::new(&model(graph(vec![call("f0")]), functions)).refused("function");
+}
+
+/// `inner`, `depth` times inside of the fields that `path` names, each time around it.
+fn nested(path: &[u32], depth: usize, inner: &[u8]) -> Vec<u8> {
+    // From the inside out, written backwards: each level is put before the last.
+    let mut bytes: Vec<u8> = inner.iter().rev().copied().collect();
+    for _ in 0..depth {
+        for &field in path.iter().rev() {
+            let mut head = Vec::new();
+            prost::encoding::encode_key(field, prost::encoding::WireType::LengthDelimited, &mut head);
+            prost::encoding::encode_varint(bytes.len() as u64, &mut head);
+            bytes.extend(head.iter().rev());
+        }
+    }
+    bytes.reverse();
+    bytes
+}
+
+#[test]
+fn nesting_10_000_deep_is_refused() {
+    let start = ModelProto { ir_version: Some(8), opset_import: vec![opset("", 17)], ..ModelProto::default() };
+    let start = start.encode_to_vec();
+    // Graph, node, attribute, graph, …; function, node, attribute, graph, …; a type of a type, …
+    let graphs = nested(&[7], 1, &nested(&[1, 5, 6], 10_000, &[]));
+    Desk::new(&[start.clone(), graphs].concat()).refused("nest");
+    let functions = nested(&[25, 7, 5, 6], 1, &nested(&[1, 5, 6], 10_000, &[]));
+    Desk::new(&[start.clone(), functions].concat()).refused("nest");
+    for kind in [4, 9] {
+        let types = nested(&[7, 11, 2], 1, &nested(&[kind, 1], 10_000, &[]));
+        Desk::new(&[start.clone(), types].concat()).refused("recursion limit");
+    }
+    // Deep in what is never read: passed over, and what remains is a model of nothing.
+    let unknown = nested(&[7, 99], 1, &nested(&[1, 5, 6], 10_000, &[]));
+    let (code, said) = Desk::new(&[start, unknown].concat()).compile(&[]);
+    assert_eq!(code, 0, "{said}");
+}
+
+#[test]
+fn a_dimension_that_nests_10_000_deep_is_a_name() {
+    use onnx::messages::{Dimension, DimensionValue};
+    let deep = "(".repeat(10_000) + "n" + &")".repeat(10_000);
+    let mut graph = graph(vec![node("Neg", &["x"], &["y"], vec![])]);
+    let dim = Dimension { value: Some(DimensionValue::DimParam(deep)) };
+    let tensor = type_proto::Tensor { elem_type: 1, shape: Some(TensorShapeProto { dim: vec![dim] }) };
+    graph.input[0].r#type = Some(TypeProto { value: Some(type_proto::Value::TensorType(tensor)) });
+    let (code, said) = Desk::new(&model(graph, vec![])).compile(&[]);
+    assert_eq!(code, 2, "{said}");
+    assert!(said.contains("not bound"), "{said}");
+}
+
+#[test]
+fn a_chain_of_10_000_nodes_compiles() {
+    let name = |number: usize| if number == 10_000 { "y".to_owned() } else { format!("v{number}") };
+    let before = |number: usize| if number == 0 { "x".to_owned() } else { name(number) };
+    let nodes = (0..10_000).map(|number| node("Neg", &[&before(number)], &[&name(number + 1)], vec![])).collect();
+    let (code, said) = Desk::new(&model(graph(nodes), vec![])).compile(&[]);
+    assert_eq!(code, 0, "{said}");
+}
+
+/// A tensor of two elements whose data lies elsewhere.
+fn external(data_type: i32, entries: &[(&str, &str)]) -> TensorProto {
+    let entry = |&(key, value): &(&str, &str)| StringStringEntryProto { key: key.into(), value: value.into() };
+    TensorProto {
+        name: "w".into(),
+        dims: vec![2],
+        data_type,
+        data_location: 1,
+        external_data: entries.iter().map(entry).collect(),
+        ..TensorProto::default()
+    }
+}
+
+fn add() -> NodeProto {
+    node("Add", &["x", "w"], &["y"], vec![])
+}
+
+fn constant(entries: &[(&str, &str)]) -> NodeProto {
+    let value = AttributeProto { t: Some(Box::new(external(1, entries))), ..attribute("value", AttributeType::Tensor) };
+    node("Constant", &[], &["w"], vec![value])
+}
+
+/// Two values at 0 and 1 of two elements; the values or the indices lie elsewhere.
+fn sparse(entries: &[(&str, &str)], elsewhere: &str) -> SparseTensorProto {
+    let zeros = |data_type: i32, width: usize| TensorProto {
+        raw_data: Some(vec![0; 2 * width]),
+        data_location: 0,
+        external_data: vec![],
+        ..external(data_type, &[])
+    };
+    let (mut values, mut indices) = (zeros(1, 4), zeros(7, 8));
+    match elsewhere {
+        "values" => values = external(1, entries),
+        _ => indices = external(7, entries),
+    }
+    SparseTensorProto { values: Some(values), indices: Some(indices), dims: vec![2] }
+}
+
+/// `x + w` in both branches of an `If`, with `w` as the branch has it.
+fn branches(branch: &dyn Fn() -> GraphProto) -> Vec<u8> {
+    let mut outer =
+        graph(vec![node("If", &["c"], &["y"], vec![body("then_branch", branch()), body("else_branch", branch())])]);
+    outer.input.push(value("c", 9, &[]));
+    model(outer, vec![])
+}
+
+/// Models with external data in each place where a tensor can sit.
+fn everywhere(entries: &[(&str, &str)]) -> Vec<(&'static str, Vec<u8>)> {
+    let initializer = |graph: GraphProto| GraphProto { initializer: vec![external(1, entries)], ..graph };
+    let in_sparse =
+        |elsewhere: &str| GraphProto { sparse_initializer: vec![sparse(entries, elsewhere)], ..graph(vec![add()]) };
+    let sparse_constant = AttributeProto {
+        sparse_tensor: Some(Box::new(sparse(entries, "values"))),
+        ..attribute("sparse_value", AttributeType::SparseTensor)
+    };
+    let inner = |nodes| GraphProto { input: vec![], ..graph(nodes) };
+    vec![
+        ("an initializer", model(initializer(graph(vec![add()])), vec![])),
+        ("a constant", model(graph(vec![constant(entries), add()]), vec![])),
+        ("sparse values", model(in_sparse("values"), vec![])),
+        ("sparse indices", model(in_sparse("indices"), vec![])),
+        ("a sparse constant", model(graph(vec![node("Constant", &[], &["w"], vec![sparse_constant]), add()]), vec![])),
+        ("an initializer of a sub-graph", branches(&|| initializer(inner(vec![add()])))),
+        ("a constant of a sub-graph", branches(&|| inner(vec![constant(entries), add()]))),
+        (
+            "a constant of a function",
+            model(graph(vec![call("f")]), vec![function("f", vec![constant(entries), add()])]),
+        ),
+    ]
+}
+
+/// Wherever these entries stand, the model is refused with `words`. `prepare` makes files beside the model.
+fn refused_everywhere(entries: &[(&str, &str)], words: &str, prepare: impl Fn(&Path)) {
+    for (place, model) in everywhere(entries) {
+        let desk = Desk::new(&model);
+        fs::write(desk.path("secret"), [7; 64]).unwrap();
+        prepare(&desk.path("model"));
+        let (code, said) = desk.compile(&[]);
+        assert_eq!(code, 3, "{place}: {said}");
+        assert!(said.contains(words), "{place}: `{words}` is not in\n{said}");
+        assert!(!desk.path("x.plan").exists(), "{place}");
+    }
+}
+
+#[test]
+fn external_data_outside_of_the_folder_is_refused() {
+    for location in ["../secret", "a/../../secret", "/etc/hostname", "..\\secret"] {
+        refused_everywhere(&[("location", location)], location, |_| {});
+    }
+    let linked = [("location", "w.bin")];
+    refused_everywhere(&linked, "w.bin", |model| symlink("../secret", model.join("w.bin")).unwrap());
+    refused_everywhere(&linked, "w.bin", |model| fs::hard_link(model.join("../secret"), model.join("w.bin")).unwrap());
+    refused_everywhere(&[("location", "sub/secret")], "sub/secret", |model| symlink("..", model.join("sub")).unwrap());
+    refused_everywhere(&linked, "w.bin", |model| fs::create_dir(model.join("w.bin")).unwrap());
+    refused_everywhere(&linked, "w.bin", |model| symlink("/dev/zero", model.join("w.bin")).unwrap());
+}
+
+#[test]
+fn external_data_outside_of_its_file_is_refused() {
+    let data = |model: &Path| fs::write(model.join("w.bin"), [0; 64]).unwrap();
+    let largest = u64::MAX.to_string();
+    for (offset, length) in [
+        ("-4", "8"),
+        ("-9223372036854775808", "8"),
+        (largest.as_str(), "16"),
+        ("18446744073709551616", "8"),
+        ("60", "8"),
+        ("64", "16"),
+        ("0", largest.as_str()),
+        ("8", "-8"),
+    ] {
+        let entries = [("location", "w.bin"), ("offset", offset), ("length", length)];
+        refused_everywhere(&entries, "w", data);
+    }
+}
+
+#[test]
+fn a_root_allows_links_inside_it_only() {
+    for (place, model) in everywhere(&[("location", "w.bin")]) {
+        let desk = Desk::new(&model);
+        fs::create_dir(desk.path("store")).unwrap();
+        let bytes = if place == "sparse indices" { 16 } else { 8 };
+        let data: Vec<u8> = (0..bytes).map(|at| u8::from(at == 8)).collect();
+        fs::write(desk.path("store/w.bin"), &data).unwrap();
+        fs::write(desk.path("secret"), &data).unwrap();
+        let link = desk.path("model/w.bin");
+        let root = ["--external-data-root", "store"];
+        for target in ["store/w.bin", "secret"] {
+            symlink(desk.path(target), &link).unwrap();
+            let (code, said) = desk.compile(&root);
+            // Whether the rest of the model is supported does not matter here.
+            let outside = said.contains("w.bin");
+            assert_eq!(outside, target == "secret", "{place}, {target}: {code} {said}");
+            fs::remove_file(&link).unwrap();
+        }
+    }
+}
+
+#[test]
+fn sizes_that_overflow_are_refused() {
+    let tensor = |dims: &[i64]| TensorProto {
+        name: "w".into(),
+        dims: dims.to_vec(),
+        data_type: 1,
+        raw_data: Some(vec![0; 8]),
+        ..TensorProto::default()
+    };
+    for dims in [&[i64::MAX][..], &[1 << 32, 1 << 32], &[-1], &[i64::MIN, 0], &[1 << 62, 4], &[1 << 40]] {
+        let graph = GraphProto { initializer: vec![tensor(dims)], ..graph(vec![add()]) };
+        Desk::new(&model(graph, vec![])).refused("`w`");
+    }
+    let dense = SparseTensorProto { dims: vec![1 << 40], ..sparse(&[], "none") };
+    let dense = SparseTensorProto {
+        indices: Some(TensorProto { raw_data: Some(vec![0; 16]), data_location: 0, ..external(7, &[]) }),
+        ..dense
+    };
+    let graph = GraphProto { sparse_initializer: vec![dense], ..graph(vec![add()]) };
+    Desk::new(&model(graph, vec![])).refused("dense form");
+}
+
+#[test]
+fn a_small_model_that_asks_for_much_memory_does_not_get_it() {
+    // Eight bytes that would be expanded to an exbibyte of zeros.
+    let shape = TensorProto {
+        name: "s".into(),
+        dims: vec![2],
+        data_type: 7,
+        raw_data: Some([1i64 << 30, 1 << 30].iter().flat_map(|size| size.to_le_bytes()).collect()),
+        ..TensorProto::default()
+    };
+    let nodes = vec![
+        node("ConstantOfShape", &["s"], &["z"], vec![]),
+        node("ReduceMax", &["z"], &["m"], vec![]),
+        node("Add", &["x", "m"], &["y"], vec![]),
+    ];
+    let graph = GraphProto { initializer: vec![shape], ..graph(nodes) };
+    let desk = Desk::new(&model(graph, vec![]));
+    let (code, said) = desk.compile(&[]);
+    assert_eq!(code, 0, "{said}");
+    assert!(fs::metadata(desk.path("x.plan")).unwrap().len() < 1 << 20);
+}
