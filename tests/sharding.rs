@@ -42,7 +42,7 @@ const TOLERANCE: f64 = 1e-4;
 /// Runs the case on the virtual devices of a mesh.
 fn run(case: &Case, mesh: Mesh, split_table_bytes: u64) -> Result<Vec<Tensor>, String> {
     let target = Target::from_json(include_str!("../fixtures/targets/cpu.json")).unwrap();
-    let shard = ShardOptions { mesh: MeshChoice::Fixed(mesh), split_table_bytes };
+    let shard = ShardOptions { mesh: MeshChoice::Fixed(mesh), split_table_bytes, batch_dim: 0 };
     let settings = Settings { weights: &NoFiles, options: Options::default(), shard, target: &target };
     let plan =
         passes::compile::run(case.module.clone(), &settings, &mut |_, _| {}).map_err(|error| error.to_string())?;

@@ -29,6 +29,8 @@ pub struct ShardOptions {
     pub mesh: MeshChoice,
     /// Look-up tables (embeddings) of at least this many bytes are split by rows over the tensor axis.
     pub split_table_bytes: u64,
+    /// The dimension of inputs that the data axis splits: 0, unless batches come along another.
+    pub batch_dim: usize,
 }
 
 /// Which mesh to place tensors on.
@@ -74,15 +76,15 @@ pub fn mesh_of(sizes: [u32; 3]) -> Option<Mesh> {
 }
 
 /// Meshes worth trying for so many devices: every divisor as data axis that the batch can fill, the rest tensor.
-pub fn candidate_meshes(module: &Module, devices: u32) -> Vec<Mesh> {
-    let batch = module.entries.iter().filter_map(batch_size).min().unwrap_or(1);
+pub fn candidate_meshes(module: &Module, devices: u32, batch_dim: usize) -> Vec<Mesh> {
+    let batch = module.entries.iter().filter_map(|entry| batch_size(entry, batch_dim)).min().unwrap_or(1);
     let fits = |data: &u32| devices.is_multiple_of(*data) && u64::from(*data) <= batch.max(1);
     (1..=devices).filter(fits).filter_map(|data| mesh_of([data, 1, devices / data])).collect()
 }
 
-/// The leading size of the first input that has dimensions.
-fn batch_size(entry: &ir::Entry) -> Option<u64> {
-    entry.inputs.iter().find_map(|input| input.ty.dims.first()).map(|dim| dim.capacity())
+/// The size of the batch dimension in the first input that has one.
+fn batch_size(entry: &ir::Entry, batch_dim: usize) -> Option<u64> {
+    entry.inputs.iter().find_map(|input| input.ty.dims.get(batch_dim)).map(|dim| dim.capacity())
 }
 
 /// Candidate meshes for so many devices with the predicted time of a run of all entries, fastest first.
@@ -91,7 +93,7 @@ fn batch_size(entry: &ir::Entry) -> Option<u64> {
 /// As [`run`].
 pub fn rank_meshes(module: &Module, devices: u32, settings: &Settings<'_>) -> Result<Vec<(Mesh, u64)>, PassError> {
     let mut ranking = Vec::new();
-    for mesh in candidate_meshes(module, devices) {
+    for mesh in candidate_meshes(module, devices, settings.shard.batch_dim) {
         let sharded = place(module.clone(), mesh.clone(), settings)?;
         let nodes = sharded.graphs.iter().flat_map(|graph| graph.nodes.iter().map(move |node| (graph, node)));
         ranking.push((mesh, nodes.map(|(graph, node)| cost::node(graph, node, settings.target).predicted_ns).sum()));
@@ -137,7 +139,7 @@ fn place(mut module: Module, mesh: Mesh, settings: &Settings<'_>) -> Result<Modu
             hints: hints::hints(source),
             split_table_bytes: options.split_table_bytes,
         };
-        let inputs = place_inputs(&policy, entry, mesh.axis("data"));
+        let inputs = place_inputs(&policy, entry, mesh.axis("data"), options.batch_dim);
         let stage_count = mesh.chunks(mesh.axis("pipe")) as usize;
         let stage_of = stages(source, stage_count, target);
         let empty = (0..stage_count).map(|stage| stage_graph(&mesh, source, stage, stage_count)).collect();
@@ -152,12 +154,13 @@ fn place(mut module: Module, mesh: Mesh, settings: &Settings<'_>) -> Result<Modu
 }
 
 /// Inputs that share the batch dimension are split over the data axis, as far as the batch fills it.
-fn place_inputs(policy: &Policy<'_>, entry: &ir::Entry, data: SubAxes) -> Vec<Placement> {
-    let batch = batch_size(entry);
+fn place_inputs(policy: &Policy<'_>, entry: &ir::Entry, data: SubAxes, batch_dim: usize) -> Vec<Placement> {
+    let batch = batch_size(entry, batch_dim);
     let place = |port: &ir::Port| {
-        let leading = port.ty.dims.first().map(|dim| dim.capacity());
-        let over = leading.filter(|_| leading == batch).map(|size| (size, policy.fit(data, &single(size))));
-        let splits = over.filter(|(_, over)| !over.is_empty()).map(|(size, over)| Split::simple(0, over, size, 1));
+        let own = port.ty.dims.get(batch_dim).map(|dim| dim.capacity());
+        let over = own.filter(|_| own == batch).map(|size| (size, policy.fit(data, &single(size))));
+        let splits =
+            over.filter(|(_, over)| !over.is_empty()).map(|(size, over)| Split::simple(batch_dim as u8, over, size, 1));
         Placement { splits: splits.into_iter().collect(), partial: None }
     };
     entry.inputs.iter().map(place).collect()

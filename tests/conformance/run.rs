@@ -16,7 +16,8 @@ use runtime::tensor_file::TestData;
 use runtime::tensor_proto::read_tensor_proto;
 use runtime::{Devices, Session};
 
-use crate::table::{Case, DEVICES, Outcome, Row, Status};
+use crate::table::{Case, DEVICES, Outcome, Row, Status, Way};
+use crate::weights;
 
 /// Characters of a reason that are kept.
 const REASON_CHARS: usize = 200;
@@ -39,38 +40,71 @@ pub(crate) fn record_panics() {
     }));
 }
 
-/// Runs a core case on all of [`DEVICES`]; the others not at all.
+/// Runs a core case in every way of [`DEVICES`]; the others in none.
 pub(crate) fn row(case: &Case) -> Row {
-    let outcome = |status, reason: &str| Outcome { status, reason: reason.to_owned() };
-    let not_run = || outcome(Status::NotRun, "");
-    if !case.is_core() {
-        return Row { case: case.clone(), outcomes: vec![not_run(), not_run(), not_run()] };
+    let mut outcomes = Vec::new();
+    if case.is_core() {
+        let folder = suite().join(&case.name);
+        match test_data(&folder.join("test_data_set_0")) {
+            Err(reason) => outcomes.push(Outcome { status: Status::Failed, reason: shorten(&reason) }),
+            Ok(data) => {
+                for (label, way) in DEVICES {
+                    let outcome = attempt(label, || run_way(way, &folder, &data));
+                    let passed = outcome.status == Status::Passed;
+                    outcomes.push(outcome);
+                    // What is not right on one device has nothing to show on two.
+                    if way == Way::One && !passed {
+                        break;
+                    }
+                }
+            }
+        }
     }
-    let folder = suite().join(&case.name);
-    let data = match test_data(&folder.join("test_data_set_0")) {
-        Ok(data) => data,
-        Err(reason) => {
-            let failed = outcome(Status::Failed, &shorten(&reason));
-            return Row { case: case.clone(), outcomes: vec![failed, not_run(), not_run()] };
+    outcomes.resize(DEVICES.len(), Outcome { status: Status::NotRun, reason: String::new() });
+    Row { case: case.clone(), outcomes }
+}
+
+/// What `work` came to, panics included; a fault names the way it happened in.
+fn attempt(label: &str, work: impl FnOnce() -> Result<Status, Fault>) -> Outcome {
+    let (status, reason) = match catch_unwind(AssertUnwindSafe(work)) {
+        Ok(Ok(status)) => (status, String::new()),
+        Ok(Err(Fault { status, reason })) => (status, reason),
+        Err(panic) => (Status::Failed, panic_message(panic.as_ref())),
+    };
+    let first = label == DEVICES[0].0 || reason.is_empty();
+    Outcome { status, reason: shorten(&if first { reason } else { format!("{label}: {reason}") }) }
+}
+
+/// Compiles and runs a case in one of the ways.
+fn run_way(way: Way, folder: &Path, data: &TestData) -> Result<Status, Fault> {
+    let model = folder.join("model.onnx");
+    let rank = data.inputs.iter().map(|input| input.ty.rank()).max().unwrap_or(0);
+    let splits = match way {
+        Way::One => return run(&model, data, MeshChoice::Devices(1), 0).map(|_| Status::Passed),
+        Way::Tensor => vec![run(&model, data, two("tensor"), 0)?],
+        Way::Batch => vec![run(&model, data, two("data"), 0)?],
+        Way::OtherDims => (1..rank).map(|dim| run(&model, data, two("data"), dim)).collect::<Result<Vec<_>, _>>()?,
+        Way::Weights => {
+            let mut splits = Vec::new();
+            for chosen in weights::choices(data) {
+                let fixed = weights::fix(folder, data, &chosen).map_err(failed)?;
+                splits.push(run(&fixed.model(), &fixed.data, two("tensor"), 0)?);
+            }
+            splits
         }
     };
-    let mut outcomes = Vec::new();
-    for devices in DEVICES {
-        let one = devices == "1 device";
-        // What is not right on one device has nothing to show on two.
-        if outcomes.first().is_some_and(|first: &Outcome| first.status != Status::Passed) {
-            outcomes.push(not_run());
-            continue;
-        }
-        let mesh = if one { MeshChoice::Devices(1) } else { MeshChoice::Fixed(parse_mesh(devices).unwrap()) };
-        let result = catch_unwind(AssertUnwindSafe(|| run(&folder.join("model.onnx"), &data, mesh)));
-        outcomes.push(match result {
-            Ok(Ok(split)) => outcome(if one || split { Status::Passed } else { Status::Whole }, ""),
-            Ok(Err(Fault { status, reason })) => outcome(status, &shorten(&reason)),
-            Err(panic) => outcome(Status::Failed, &shorten(&panic_message(panic.as_ref()))),
-        });
-    }
-    Row { case: case.clone(), outcomes }
+    Ok(if splits.contains(&true) {
+        Status::Passed
+    } else if splits.is_empty() {
+        Status::NotRun
+    } else {
+        Status::Whole
+    })
+}
+
+/// Two devices along an axis of the mesh.
+fn two(axis: &str) -> MeshChoice {
+    MeshChoice::Fixed(parse_mesh(&format!("{axis}=2")).unwrap())
 }
 
 /// Unlike models, cases may have no inputs at all.
@@ -123,11 +157,12 @@ fn target() -> Target {
 }
 
 /// Whether something was split.
-fn run(model: &Path, data: &TestData, mesh: MeshChoice) -> Result<bool, Fault> {
+fn run(model: &Path, data: &TestData, mesh: MeshChoice, batch_dim: usize) -> Result<bool, Fault> {
     let mut request = Request::new(model, target());
     request.samples.clone_from(&data.inputs);
     request.mesh = mesh;
     request.split_table_bytes = 0;
+    request.batch_dim = batch_dim;
     let compiled = request.compile(&mut |_, _| {}).map_err(|error| refused_or_failed(&error))?;
     let compiled = compiled.ok_or_else(|| failed("no plan was made"))?;
     let folder = tempfile::tempdir().map_err(failed)?;

@@ -21,7 +21,7 @@ use crate::wire;
 pub const IR_VERSIONS: RangeInclusive<i64> = 3..=13;
 
 /// Versions of ONNX's own operators that are read.
-pub const OPSETS: RangeInclusive<i64> = 7..=27;
+pub const OPSETS: RangeInclusive<i64> = 1..=27;
 
 /// Largest file with a single tensor that is read, in bytes.
 pub const TENSOR_FILE_LIMIT_BYTES: u64 = 1 << 30;
@@ -199,10 +199,10 @@ mod tests {
             let error = reload(&ModelProto { ir_version: Some(version), ..identity() }).unwrap_err().to_string();
             assert!(error.contains(&format!("IR version {version}, supported are 3 to 13")), "{error}");
         }
-        for version in [6, 28] {
+        for version in [0, 28] {
             let error =
                 reload(&ModelProto { opset_import: vec![opset("ai.onnx", version)], ..identity() }).unwrap_err();
-            assert!(error.to_string().contains(&format!("opset {version} of ONNX, supported are 7 to 27")), "{error}");
+            assert!(error.to_string().contains(&format!("opset {version} of ONNX, supported are 1 to 27")), "{error}");
         }
     }
 
