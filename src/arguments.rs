@@ -8,8 +8,9 @@ use clap::Parser;
 use onnx::Bindings;
 use onnx::load::LoadOptions;
 use passes::pipeline::Options;
+use passes::precision::DTYPES;
 use passes::shard::{MAX_RANKS, MeshChoice, parse_mesh};
-use planfile::Target;
+use planfile::{DType, Target};
 use planwright::compiler::Request;
 use runtime::cli::{Exit, Failure, Shell, ToleranceFlags};
 use runtime::tensor_file::TestData;
@@ -52,6 +53,9 @@ pub(crate) struct Arguments {
     /// Noise of that seed in place of weights whose file is absent
     #[arg(long, value_name = "random:SEED", value_parser = seed)]
     pub(crate) weights: Option<u64>,
+    /// Converts the model: weights and products in this type, statistics and accumulations in f32 [default: as it is]
+    #[arg(long, value_name = "f32|f16|bf16", value_parser = dtype)]
+    pub(crate) dtype: Option<DType>,
     /// The machine to plan for: cpu, h200x4, h200x8 or a description
     #[arg(long, value_name = "NAME|FILE.json", default_value = "cpu")]
     pub(crate) target: String,
@@ -96,6 +100,12 @@ fn shape(text: &str) -> Result<(String, Vec<u64>), String> {
     let size = |size: &str| size.trim().parse().map_err(|_| format!("`{size}` is not a number from 0 up"));
     let sizes = if sizes.trim().is_empty() { Ok(Vec::new()) } else { sizes.split(',').map(size).collect() };
     Ok((name.to_owned(), sizes?))
+}
+
+/// One of the types that a model can be converted to.
+fn dtype(text: &str) -> Result<DType, String> {
+    let known = DTYPES.into_iter().find(|dtype| dtype.name() == text);
+    known.ok_or_else(|| format!("expected one of {}", DTYPES.map(DType::name).join(", ")))
 }
 
 /// `random:SEED`.
@@ -148,7 +158,8 @@ impl Arguments {
         request.samples = like.map(|data| data.inputs.clone()).unwrap_or_default();
         // The import is no pass, but worth a look.
         let pass = |name: &Option<String>| name.clone().filter(|name| name != "import");
-        request.options = Options { stop_after: pass(&self.stop_after), print_after: pass(&self.print_after) };
+        let (stop_after, print_after) = (pass(&self.stop_after), pass(&self.print_after));
+        request.options = Options { stop_after, print_after, dtype: self.dtype };
         request.options.check().map_err(|error| wrong(error.to_string()))?;
         if self.stop_after.as_deref() == Some("import") {
             return Err(wrong("--stop-after names a pass; to see the import, use --print-after import".to_owned()));
@@ -241,6 +252,8 @@ mod tests {
         assert!(request.bindings.shapes["s"].is_empty());
         assert_eq!((request.bindings.random_weights, request.load.allow_missing_weights), (Some(7), true));
         assert_eq!((request.mesh, request.target.devices), (MeshChoice::Devices(1), 1));
+        assert_eq!(request.options.dtype, None);
+        assert_eq!(parse(&["--dtype", "bf16"]).unwrap().options.dtype, Some(DType::BF16));
     }
 
     #[test]
@@ -260,6 +273,7 @@ mod tests {
         assert!(message(&["--shape", "x=1,-2"]).contains("not a number from 0 up"));
         assert!(message(&["--weights", "zeros"]).contains("expected random:SEED"));
         assert!(message(&["--print-after", "simplfy"]).contains("no pass `simplfy`"));
+        assert!(message(&["--dtype", "f64"]).contains("expected one of f32, f16, bf16"));
         assert!(message(&["--target", "h100"]).contains("cpu, h200x4, h200x8"));
         assert!(message(&["--target", "h200x4", "--gpus", "8"]).contains("has 4 devices, 8 are asked for"));
         assert!(message(&["--test-data", "x"]).contains("--run"));

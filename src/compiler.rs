@@ -28,6 +28,8 @@ pub struct Request {
     pub samples: Vec<Tensor>,
     pub mesh: MeshChoice,
     pub split_table_bytes: u64,
+    /// The dimension of inputs that the data axis splits.
+    pub batch_dim: usize,
     pub target: Target,
     pub options: Options,
 }
@@ -63,6 +65,7 @@ impl Request {
             samples: Vec::new(),
             mesh: MeshChoice::Devices(1),
             split_table_bytes: SPLIT_TABLE_BYTES,
+            batch_dim: 0,
             target,
             options: Options::default(),
         }
@@ -82,7 +85,11 @@ impl Request {
         let settings = Settings {
             weights: &weights,
             options: self.options.clone(),
-            shard: ShardOptions { mesh: self.mesh.clone(), split_table_bytes: self.split_table_bytes },
+            shard: ShardOptions {
+                mesh: self.mesh.clone(),
+                split_table_bytes: self.split_table_bytes,
+                batch_dim: self.batch_dim,
+            },
             target: &self.target,
         };
         let plan = passes::compile::run(module, &settings, observer)?;

@@ -55,7 +55,7 @@ fn execute(arguments: &Arguments) -> Result<Exit, Failure> {
         false => None,
         true => {
             let data = test_data.as_ref().or(like.as_ref()).map_or(Data::Random, Data::TestData);
-            Some(run(PlanFile::open(&path)?, None, data, None, arguments.tolerance.into())?)
+            Some(run(PlanFile::open(&path)?, None, data, None, arguments.tolerance.into(), None)?)
         }
     };
     if arguments.json {

@@ -1,5 +1,6 @@
 //! Modules and graphs.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use planfile::{ExtentId, Op, Recipe, SourceFile, Tensor, TensorType, infer};
@@ -65,7 +66,27 @@ pub struct Graph {
     pub outputs: Vec<Output>,
     /// Ranks that run this graph, ascending; empty before sharding.
     pub ranks: Vec<u32>,
+    /// Finds sources again; no part of what the graph says.
+    pub sources: SourceIndex,
 }
+
+/// Values of a graph that no node defines, by what they are: [`Graph::add_source`] looks them up in constant time.
+///
+/// Values may be added and changed without it; what it finds is checked. All indexes are equal.
+#[derive(Clone, Debug, Default)]
+pub struct SourceIndex {
+    known: HashMap<(ValueDef, TensorType), ValueId>,
+    /// Number of values that were looked at.
+    seen: usize,
+}
+
+impl PartialEq for SourceIndex {
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
+}
+
+impl Eq for SourceIndex {}
 
 /// A value that leaves the graph as the entry's output number `position`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,7 +111,7 @@ pub struct Shard {
     pub placement: Placement,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ValueDef {
     /// The entry's input number so-and-so.
     Input(u32),
@@ -149,8 +170,24 @@ impl Graph {
 
     /// Adds a value that no node defines. The same input, weight or state of the same type is added once.
     pub fn add_source(&mut self, ty: TensorType, def: ValueDef) -> ValueId {
-        let known = self.values.iter().position(|value| value.def == def && value.ty == ty && value.shard.is_none());
-        known.map_or_else(|| self.add_value(ty, def), |index| ValueId(index as u32))
+        let SourceIndex { known, seen } = &mut self.sources;
+        for (index, value) in self.values.iter().enumerate().skip(*seen) {
+            if !matches!(value.def, ValueDef::Node(..)) && value.shard.is_none() {
+                known.entry((value.def, value.ty.clone())).or_insert(ValueId(index as u32));
+            }
+        }
+        *seen = self.values.len();
+        let key = (def, ty);
+        let found = known.get(&key).copied().filter(|id| {
+            let same = |value: &Value| (value.def, &value.ty, &value.shard) == (key.0, &key.1, &None);
+            self.values.get(id.index()).is_some_and(same)
+        });
+        if let Some(id) = found {
+            return id;
+        }
+        // What is known by that key is not it any more.
+        known.remove(&key);
+        self.add_value(key.1, key.0)
     }
 
     /// Appends a node and its results, whose types follow from the operands'.
@@ -199,5 +236,28 @@ impl Module {
 
     pub fn weight(&self, id: WeightId) -> &Weight {
         &self.weights[id.index()]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use planfile::DType;
+
+    use super::*;
+
+    #[test]
+    fn a_source_is_added_once_whoever_added_it() {
+        let (ty, other) = (TensorType::new(DType::F32, &[2]), TensorType::new(DType::F16, &[2]));
+        let def = |number| ValueDef::Weight(WeightId(number));
+        let mut graph = Graph::new("g");
+        let first = graph.add_source(ty.clone(), def(0));
+        graph.values.push(Value { ty: ty.clone(), def: def(1), shard: None });
+        assert_eq!(graph.add_source(ty.clone(), def(0)), first);
+        assert_eq!(graph.add_source(ty.clone(), def(1)), ValueId(1));
+        assert_eq!(graph.add_source(other, def(0)), ValueId(2));
+        // What was changed meanwhile is not found under what it was.
+        graph.values[0].def = def(7);
+        assert_eq!(graph.add_source(ty.clone(), def(0)), ValueId(3));
+        assert_eq!(graph.add_source(ty, def(0)), ValueId(3));
     }
 }

@@ -114,6 +114,15 @@ pub fn read_region(
     plan.evaluate_into(bytes, out)
 }
 
+/// What reading the ingredients of `region` costs, as bytes of a plain read from front to back: less for boxes that lie
+/// in few long runs of the files. To compare boxes by; saturates.
+///
+/// # Errors
+/// As [`read_region`], but nothing is read.
+pub fn read_cost(recipe: &Recipe, region: &Region) -> Result<u64, RecipeError> {
+    Ok(Plan::new(recipe, region)?.read_cost())
+}
+
 /// Evaluates a recipe's whole result.
 ///
 /// # Errors

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use crate::plan::{Action, Plan, PlanAxis, PlanEntry, PlanPort, Program};
+use crate::plan::{Action, Manifest, Plan, PlanAxis, PlanEntry, PlanPort, Program};
 
 /// What a plan is and needs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -18,6 +18,8 @@ pub struct Summary {
     pub entries: Vec<EntrySummary>,
     pub devices: Vec<DeviceMemory>,
     pub weights: usize,
+    /// Bytes of the model's weights by element type, each weight once and whole.
+    pub weight_bytes: BTreeMap<&'static str, u64>,
     /// Bytes of all ranks' weights in the file; what ranks share counts once.
     pub image_bytes: u64,
     pub kernels: usize,
@@ -82,10 +84,20 @@ pub fn summary(plan: &Plan) -> Summary {
         entries: manifest.entries.iter().map(|entry| entry_summary(plan, entry)).collect(),
         devices: memory(plan),
         weights: manifest.weights.len(),
+        weight_bytes: weight_bytes(manifest),
         image_bytes: manifest.image_bytes,
         kernels: plan.kernels.len(),
         code_bytes: plan.code.iter().map(|code| code.cubin.len() as u64).sum(),
     }
+}
+
+fn weight_bytes(manifest: &Manifest) -> BTreeMap<&'static str, u64> {
+    let mut bytes: BTreeMap<&'static str, u64> = BTreeMap::new();
+    for weight in &manifest.weights {
+        let sum = bytes.entry(weight.ty.dtype.name()).or_default();
+        *sum = sum.saturating_add(weight.ty.bytes().unwrap_or(u64::MAX));
+    }
+    bytes
 }
 
 fn entry_summary(plan: &Plan, entry: &PlanEntry) -> EntrySummary {

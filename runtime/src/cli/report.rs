@@ -20,6 +20,11 @@ pub fn summary_text(summary: &Summary) -> String {
         text.push_str(&signature(entry));
     }
     text.push_str(&format!("\n{}\n\n{}\n", steps(summary), memory(summary)));
+    let types: Vec<String> =
+        summary.weight_bytes.iter().map(|(dtype, &bytes)| format!("{dtype} {}", bytes_text(bytes))).collect();
+    if !types.is_empty() {
+        text.push_str(&format!("weights: {}\n", types.join(", ")));
+    }
     text
 }
 
@@ -153,7 +158,8 @@ mod tests {
                 stages: vec![stage],
             }],
             devices: vec![device(0, 2048), device(1, 2048), device(2, 512)],
-            weights: 1,
+            weights: 2,
+            weight_bytes: BTreeMap::from([("bf16", 2048), ("f32", 512)]),
             image_bytes: 0,
             kernels: 1,
             code_bytes: 0,
@@ -169,6 +175,7 @@ mod tests {
         line(&["0-2", "all_reduce", "2", "4.0 KiB"]);
         line(&["0-1", "2.0 KiB"]);
         line(&["2", "512 B"]);
+        line(&["weights: bf16 2.0 KiB, f32 512 B"]);
     }
 
     #[test]

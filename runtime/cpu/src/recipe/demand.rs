@@ -7,7 +7,8 @@ use planfile::{Dim, Expr, ExprOp, Op, RankScalar, Recipe, Spec, Tensor, TensorTy
 
 use super::reshape::{Cover, cover, gather};
 use super::{RecipeError, Region, WeightBytes, ingredient};
-use crate::evaluate;
+use crate::view::{View, ViewMut};
+use crate::{evaluate, execute};
 
 /// Boxes that a reshape takes apart are bounded by this number per recipe; past it they are covered instead.
 const MAX_DEMANDS: usize = 1 << 16;
@@ -178,6 +179,15 @@ impl<'a> Plan<'a> {
         (How::Reshape { first: cover.first, strides: cover.strides }, vec![self.demand(operand, cover.region)])
     }
 
+    /// What reading the ingredients costs, as bytes of a plain read. Saturates.
+    pub(super) fn read_cost(&self) -> u64 {
+        let cost = |demand: &Demand| match (&demand.how, &self.values.origins[demand.value]) {
+            (How::Read, Origin::Input(input)) => ingredient::cost(&self.values.recipe.inputs[*input], &demand.region),
+            _ => 0,
+        };
+        self.demands.iter().map(cost).fold(0, u64::saturating_add)
+    }
+
     /// Evaluates everything; the box goes to `out`, whose length the caller checked.
     pub(super) fn evaluate_into(&self, bytes: &dyn WeightBytes, out: &mut [u8]) -> Result<(), RecipeError> {
         // The first demand is the box itself; read in place when it is part of an ingredient.
@@ -194,6 +204,14 @@ impl<'a> Plan<'a> {
             let operands: Option<Vec<&Tensor>> = demand.needs.iter().map(|&need| tensors[need].as_ref()).collect();
             let operands =
                 operands.ok_or_else(|| RecipeError::Malformed("a value is read before it is made".to_owned()))?;
+            // The box itself comes last: made in place, where the memory suits the type.
+            if let (0, How::Apply(op)) = (id, &demand.how)
+                && out.as_ptr().addr().is_multiple_of(self.result_type().dtype.bytes())
+            {
+                let operands: Vec<View<'_>> = operands.into_iter().map(View::from).collect();
+                let ty = demand.region.ty(self.result_type().dtype);
+                return Ok(execute(op, 0, &operands, &mut [ViewMut { ty: &ty, bytes: out }])?);
+            }
             let tensor = self.evaluate(demand, &operands, bytes)?;
             for &need in &demand.needs {
                 readers[need] -= 1;

@@ -10,6 +10,9 @@ const LARGEST_GAP_BYTES: u64 = 8 << 10;
 /// The most that is read at once when rows are read together.
 const LARGEST_SPAN_BYTES: u64 = 1 << 20;
 
+/// What a read costs beyond its bytes, as bytes: a call, and pages of which only a part is wanted.
+const READ_OVERHEAD_BYTES: u64 = 4 << 10;
+
 /// Bounds of the noise that stands in for absent weights.
 const NOISE: f64 = 0.05;
 
@@ -46,6 +49,19 @@ pub(super) fn read(
         out.iter_mut().for_each(|byte| *byte = u8::from(*byte != 0));
     }
     Ok(())
+}
+
+/// What reading a box costs, as bytes of a plain read from front to back. Saturates.
+pub(super) fn cost(input: &RecipeInput, region: &Region) -> u64 {
+    let rows = Rows::new(input, region);
+    let count = rows.outer.iter().fold(1u64, |count, (size, _)| count.saturating_mul(*size));
+    let stride = rows.outer.iter().rev().find(|(size, _)| *size > 1).map_or(rows.bytes, |(_, stride)| *stride);
+    let each = match input.source {
+        Source::File { .. } if stride.saturating_sub(rows.bytes) <= LARGEST_GAP_BYTES => stride,
+        Source::File { .. } => rows.bytes.saturating_add(READ_OVERHEAD_BYTES),
+        Source::Inline(_) | Source::Random { .. } => rows.bytes,
+    };
+    count.saturating_mul(each)
 }
 
 /// The contiguous runs of a box, in order.
@@ -99,9 +115,10 @@ fn read_file(file: u32, offset: u64, rows: &Rows, bytes: &dyn WeightBytes, out: 
     };
     let mut starts = rows.starts().peekable();
     let mut outs = out.chunks_exact_mut(rows.bytes as usize);
-    let mut span = Vec::new();
+    let (mut span, mut together) = (Vec::new(), Vec::new());
     while let Some(first) = starts.next() {
-        let mut together = vec![first];
+        together.clear();
+        together.push(first);
         let mut end = first + rows.bytes;
         while let Some(&next) = starts.peek()
             && next - end <= LARGEST_GAP_BYTES
