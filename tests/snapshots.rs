@@ -1,10 +1,12 @@
 //! What each pass makes of each model in `fixtures/onnx`, as text to review: the imported module, the simplified one,
 //! the graph of each rank on a mesh, and the plan.
 
-use std::path::Path;
+#![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+
+use std::path::{Path, PathBuf};
 
 use passes::shard::{MeshChoice, parse_mesh};
-use planfile::{Target, text};
+use planfile::{DType, Target, text};
 use planwright::compiler::Request;
 use runtime::tensor_file::TestData;
 
@@ -13,15 +15,18 @@ const MESH: &str = "data=2,tensor=2";
 
 #[test]
 fn models() {
-    let target = Target::from_json(include_str!("../fixtures/targets/cpu.json")).unwrap();
     insta::glob!("../fixtures/onnx", "*/model.onnx", |model| {
         let folder = model.parent().unwrap();
         let name = folder.file_name().unwrap().to_string_lossy().into_owned();
-        let mut request = Request::new(model, target.clone());
-        request.samples = TestData::read(&folder.join("test_data_set_0")).unwrap().inputs;
+        let mut request = request(folder);
         request.mesh = MeshChoice::Fixed(parse_mesh(MESH).unwrap());
         let mut stages = Vec::new();
-        let observed = |pass: &str, module: &ir::Module| stages.push((pass.to_owned(), module.summary_text()));
+        // Passes that change little here have a test of their own below.
+        let observed = |pass: &str, module: &ir::Module| {
+            if !["precision", "fuse", "select"].contains(&pass) {
+                stages.push((pass.to_owned(), module.summary_text()));
+            }
+        };
         let compiled = request.compile(&mut { observed }).unwrap().unwrap();
         stages.push(("plan".to_owned(), text::text(&compiled.plan)));
         for (stage, text) in stages {
@@ -33,10 +38,7 @@ fn models() {
 /// The pattern of Megatron on four devices, with two key and value heads on the outer half of the axis.
 #[test]
 fn grouped_heads_on_four_devices() {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/onnx/tiny_llama");
-    let target = Target::from_json(include_str!("../fixtures/targets/cpu.json")).unwrap();
-    let mut request = Request::new(&folder.join("model.onnx"), target);
-    request.samples = TestData::read(&folder.join("test_data_set_0")).unwrap().inputs;
+    let mut request = request(&fixture("tiny_llama"));
     request.mesh = MeshChoice::Fixed(parse_mesh("tensor=4").unwrap());
     let mut sharded = String::new();
     let mut observer = |pass: &str, module: &ir::Module| {
@@ -46,6 +48,42 @@ fn grouped_heads_on_four_devices() {
     };
     request.compile(&mut observer).unwrap();
     check("tiny_llama", "shard.tensor4", &sharded);
+}
+
+/// Which values are of the half type, and which stay in `f32`: spelled-out norms, composites, masks, routing.
+#[test]
+fn half_types() {
+    for model in ["tiny_bert", "tiny_llama"] {
+        let mut request = request(&fixture(model));
+        request.options.dtype = Some(DType::BF16);
+        request.options.stop_after = Some("precision".to_owned());
+        let mut converted = String::new();
+        request.compile(&mut |_, module| converted = module.summary_text()).unwrap();
+        check(model, "precision.bf16", &converted);
+    }
+}
+
+/// Expressions merged, and weights in panels with what undoes them in front of their product.
+#[test]
+fn fused_and_laid_out_for_the_host() {
+    for model in ["tiny_bert", "tiny_resnet"] {
+        let request = request(&fixture(model));
+        let mut selected = String::new();
+        request.compile(&mut |_, module| selected = module.summary_text()).unwrap();
+        check(model, "select", &selected);
+    }
+}
+
+fn fixture(model: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/onnx").join(model)
+}
+
+/// The model of a folder, bound as its test data are.
+fn request(folder: &Path) -> Request {
+    let target = Target::from_json(include_str!("../fixtures/targets/cpu.json")).unwrap();
+    let mut request = Request::new(&folder.join("model.onnx"), target);
+    request.samples = TestData::read(&folder.join("test_data_set_0")).unwrap().inputs;
+    request
 }
 
 fn check(model: &str, stage: &str, text: &str) {

@@ -9,7 +9,7 @@ use planfile::plan::{
     Place, PlacedWeight, Plan, PlanAxis, PlanEntry, PlanPiece, PlanPort, PlanState, PlanWeight, Program, SplitDim,
     Step, TargetRef,
 };
-use planfile::{Op, Spec, Target};
+use planfile::{Op, Spec, SpecNode, Target, TensorType};
 
 use crate::cost;
 use crate::error::PassError;
@@ -92,7 +92,7 @@ pub fn run(scheduled: &Scheduled, target: &Target) -> Result<Plan, PassError> {
 }
 
 /// The architecture of plans whose kernels are their specifications, executed on the host.
-const CPU: &str = "cpu";
+pub(crate) const CPU: &str = "cpu";
 
 fn states(module: &ir::Module) -> Vec<PlanState> {
     let mut offset = 0u64;
@@ -160,7 +160,9 @@ impl Lowering<'_> {
                 inputs.push(Binding { port, place, splits: self.splits(value, &ranks) });
             }
         }
-        for node in graph.nodes.iter().filter(|node| !is_view(node)) {
+        let steps_of =
+            graph.nodes.iter().zip(&schedule.absorbed).filter(|(node, absorbed)| !is_view(node) && !**absorbed);
+        for (node, _) in steps_of {
             steps.push(self.step(graph, schedule, stage, node)?);
         }
         for (&value, &offset) in &schedule.copies {
@@ -200,12 +202,13 @@ impl Lowering<'_> {
         let mut places = |values: &[ValueId]| -> Result<Vec<Place>, PassError> {
             values.iter().map(|&value| self.place(graph, schedule, stage, value)).collect()
         };
-        let (operands, results) = (places(&node.operands)?, places(&node.results)?);
+        let (sources, layout) = sources(graph, schedule, node);
+        let (operands, results) = (places(&sources)?, places(&node.results)?);
         let action = if node.op.is_collective() {
             Action::Collective { op: node.op.clone(), operands, results, algorithm: CollectiveAlgorithm::Host }
         } else {
             let types = operands.iter().map(|place| place.ty.clone()).collect();
-            let spec = Spec::of(node.op.clone(), types).map_err(|why| PassError::invalid("lower", why))?;
+            let spec = specification(node, types, &layout).map_err(|why| PassError::invalid("lower", why))?;
             let kernel = self.kernel(spec, node.op.name());
             Action::Launch { kernel, operands, results, scalars: vec![], launch: None }
         };
@@ -292,6 +295,39 @@ impl Lowering<'_> {
         };
         shard.placement.splits.iter().map(dim).collect()
     }
+}
+
+/// What a node's kernel reads, and what it does first to its second operand: nodes that the schedule has absorbed.
+fn sources<'a>(graph: &'a Graph, schedule: &Schedule, node: &Node) -> (Vec<ValueId>, Vec<&'a Op>) {
+    let (mut sources, mut layout) = (node.operands.clone(), Vec::new());
+    while let Some(operand) = sources.get_mut(1)
+        && let ValueDef::Node(id, _) = graph.value(*operand).def
+        && schedule.absorbed[id.index()]
+    {
+        layout.push(&graph.node(id).op);
+        *operand = graph.node(id).operands[0];
+    }
+    layout.reverse();
+    (sources, layout)
+}
+
+/// The node's primitive, after those that undo the layout of its second operand.
+fn specification(node: &Node, types: Vec<TensorType>, layout: &[&Op]) -> Result<Spec, String> {
+    if layout.is_empty() {
+        return Spec::of(node.op.clone(), types);
+    }
+    let inputs = types.len() as u32;
+    let mut spec = Spec { inputs: types, nodes: Vec::new(), results: Vec::new() };
+    let mut second = 1;
+    for (&op, defined) in layout.iter().zip(inputs..) {
+        spec.nodes.push(SpecNode { op: op.clone(), operands: vec![second] });
+        second = defined;
+    }
+    let mut operands: Vec<u32> = (0..inputs).collect();
+    operands[1] = second;
+    spec.nodes.push(SpecNode { op: node.op.clone(), operands });
+    spec.results = vec![second + 1];
+    spec.types().map(|_| spec)
 }
 
 /// Gives every distinct part of a weight its place in the weights section, in the order in which ranks read them.

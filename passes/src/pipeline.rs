@@ -2,11 +2,11 @@
 
 use cpu::recipe::WeightBytes;
 use ir::{Module, verify::verify};
-use planfile::Target;
+use planfile::{DType, Target};
 
 use crate::error::PassError;
 use crate::shard::{self, ShardOptions};
-use crate::simplify;
+use crate::{fuse, precision, select, simplify};
 
 /// One row of the pipeline: a function over the module, by value, so that nobody sees a half-rewritten one.
 #[derive(Clone, Copy, Debug)]
@@ -16,7 +16,13 @@ pub struct Pass {
 }
 
 /// From the imported module to the one that is scheduled.
-pub const PIPELINE: &[Pass] = &[Pass { name: "simplify", run: simplify::run }, Pass { name: "shard", run: shard::run }];
+pub const PIPELINE: &[Pass] = &[
+    Pass { name: "simplify", run: simplify::run },
+    Pass { name: "precision", run: precision::run },
+    Pass { name: "shard", run: shard::run },
+    Pass { name: "fuse", run: fuse::run },
+    Pass { name: "select", run: select::run },
+];
 
 /// What passes know beside the module.
 #[derive(Clone)]
@@ -36,6 +42,8 @@ pub struct Options {
     pub stop_after: Option<String>,
     /// Name of the pass whose result is shown. [`run`] only checks that there is one: who observes shows.
     pub print_after: Option<String>,
+    /// Element type to convert the model to; as the model says if none.
+    pub dtype: Option<DType>,
 }
 
 impl Options {
@@ -109,7 +117,8 @@ mod tests {
     fn run_with(options: Options) -> Result<Vec<String>, PassError> {
         let mut seen = Vec::new();
         let target = Target::from_json(CPU).unwrap();
-        let shard = ShardOptions { mesh: MeshChoice::Fixed(Mesh::default()), split_table_bytes: SPLIT_TABLE_BYTES };
+        let mesh = MeshChoice::Fixed(Mesh::default());
+        let shard = ShardOptions { mesh, split_table_bytes: SPLIT_TABLE_BYTES, batch_dim: 0 };
         let settings = Settings { weights: &NoFiles, options, shard, target: &target };
         run(Module::default(), &settings, &mut |pass, _| seen.push(pass.to_owned()))?;
         Ok(seen)
@@ -117,13 +126,13 @@ mod tests {
 
     #[test]
     fn stops_where_it_is_told() {
-        let options = Options { stop_after: Some("simplify".to_owned()), print_after: None };
+        let options = Options { stop_after: Some("simplify".to_owned()), ..Options::default() };
         assert_eq!(run_with(options).unwrap(), ["simplify"]);
     }
 
     #[test]
     fn lists_the_passes_when_one_is_unknown() {
-        let options = Options { stop_after: None, print_after: Some("simplfy".to_owned()) };
+        let options = Options { print_after: Some("simplfy".to_owned()), ..Options::default() };
         let message = run_with(options).unwrap_err().to_string();
         assert!(message.contains("no pass `simplfy`") && message.contains("simplify"), "{message}");
     }

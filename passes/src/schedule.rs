@@ -27,6 +27,8 @@ pub struct Schedule {
     pub offsets: BTreeMap<ValueId, u64>,
     /// Outputs that are copied because their memory is not the graph's to give away, and the copies' offsets.
     pub copies: BTreeMap<ValueId, u64>,
+    /// For each node, whether it is part of the kernel that reads its result, see [`absorbed`].
+    pub absorbed: Vec<bool>,
     pub arena_bytes: u64,
 }
 
@@ -36,6 +38,42 @@ pub const ALIGN: u64 = 256;
 /// Whether the node is only another view of its operand.
 pub fn is_view(node: &Node) -> bool {
     matches!(node.op, Op::Reshape { .. })
+}
+
+/// For each node, whether it undoes the layout of a weight for a product: a chain that starts with the transposition of
+/// a weight, each link read by the next alone, the last by the product. The product's kernel does that on the way.
+pub fn absorbed(graph: &Graph) -> Vec<bool> {
+    let mut readers: Vec<Vec<usize>> = vec![Vec::new(); graph.values.len()];
+    for (index, node) in graph.nodes.iter().enumerate() {
+        node.operands.iter().for_each(|operand| readers[operand.index()].push(index));
+    }
+    for output in &graph.outputs {
+        // Read by nobody in particular, and by more than one.
+        readers[output.value.index()].extend([usize::MAX; 2]);
+    }
+    let mut absorbed = vec![false; graph.nodes.len()];
+    for (index, node) in graph.nodes.iter().enumerate() {
+        absorbed[index] = match (&node.op, node.operands.as_slice()) {
+            (Op::Transpose { .. }, &[operand]) => matches!(graph.value(operand).def, ValueDef::Weight(_)),
+            (Op::Reshape { .. } | Op::Slice { .. }, &[operand]) => match graph.value(operand).def {
+                ValueDef::Node(before, _) => absorbed[before.index()],
+                _ => false,
+            },
+            _ => false,
+        };
+    }
+    for index in (0..graph.nodes.len()).rev() {
+        let [result] = graph.nodes[index].results.as_slice() else { continue };
+        let [reader] = readers[result.index()].as_slice() else {
+            absorbed[index] = false;
+            continue;
+        };
+        let product = graph.nodes.get(*reader).is_some_and(|node| {
+            matches!(node.op, Op::Dot { .. } | Op::Conv { .. }) && node.operands.get(1) == Some(result)
+        });
+        absorbed[index] &= product || absorbed.get(*reader) == Some(&true);
+    }
+    absorbed
 }
 
 /// Gives every graph of the module memory.
@@ -53,6 +91,7 @@ pub fn run(module: Module) -> Result<Scheduled, PassError> {
 }
 
 fn schedule(graph: &Graph) -> Option<Schedule> {
+    let absorbed = absorbed(graph);
     let mut root: Vec<ValueId> = (0..graph.values.len() as u32).map(ValueId).collect();
     for node in graph.nodes.iter().filter(|node| is_view(node)) {
         root[node.results[0].index()] = root[node.operands[0].index()];
@@ -85,7 +124,7 @@ fn schedule(graph: &Graph) -> Option<Schedule> {
         offsets.insert(input, arena.take(graph.ty(input).bytes()?)?);
     }
     for (index, node) in graph.nodes.iter().enumerate() {
-        if !is_view(node) {
+        if !is_view(node) && !absorbed[index] {
             for &result in &node.results {
                 offsets.insert(result, arena.take(graph.ty(result).bytes()?)?);
             }
@@ -104,7 +143,7 @@ fn schedule(graph: &Graph) -> Option<Schedule> {
     for value in copied {
         copies.insert(value, arena.take(graph.ty(value).bytes()?)?);
     }
-    Some(Schedule { root, offsets, copies, arena_bytes: arena.top })
+    Some(Schedule { root, offsets, copies, absorbed, arena_bytes: arena.top })
 }
 
 /// Free memory by offset, and how far the arena reaches.

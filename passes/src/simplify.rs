@@ -12,7 +12,7 @@ mod affine;
 mod affine_gather;
 mod broadcast;
 mod concat;
-mod dead;
+pub(crate) mod dead;
 mod expr;
 mod fold;
 mod pad;

@@ -1,11 +1,13 @@
 //! What the command lines `plan` and `compile` share: exit codes, reports, progress, and running a plan on given data.
 
+mod bench;
 mod completions;
 mod exit;
 mod progress;
 mod report;
 mod run;
 
+pub use bench::{BenchFlags, BenchReport, StepReport, bench};
 pub use completions::{Shell, completions};
 pub use exit::{Exit, Failure, finish, print};
 pub use progress::{bytes_bar, spinner};

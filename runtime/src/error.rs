@@ -27,6 +27,8 @@ pub enum RuntimeError {
     PinnedInput { name: String },
     #[error("{what} takes {bytes} bytes, more than there is memory; use a machine with more of it, or more devices")]
     Memory { what: String, bytes: u64 },
+    #[error("the threads of rank {rank} could not be started; use fewer with --threads: {source}")]
+    Threads { rank: u32, source: rayon::ThreadPoolBuildError },
     #[error("rank {rank}, program {program}, step {step}{}: {source}", origin_of(origin))]
     Step { rank: u32, program: usize, step: usize, origin: Vec<String>, source: StepError },
     #[error("the plan contradicts itself: {what}; this is a bug of the compiler that wrote it, report it")]
@@ -43,6 +45,10 @@ pub enum StepError {
     Cpu(#[from] CpuError),
     #[error("{what} is not executed on virtual devices; compile for the target `cpu`")]
     Unsupported { what: &'static str },
+    #[error(
+        "a value inside of its kernel takes {bytes} bytes, more than there is memory; use a machine with more of it"
+    )]
+    Memory { bytes: usize },
     #[error("{what}; this is a bug of the compiler that wrote the plan, report it")]
     Contradiction { what: String },
     #[error("another rank failed")]

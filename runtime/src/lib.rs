@@ -39,3 +39,4 @@ mod virtual_devices;
 pub use error::{RuntimeError, StepError};
 pub use random::random_inputs;
 pub use session::{Context, Devices, Session};
+pub use virtual_devices::StepTime;

@@ -1,18 +1,20 @@
-//! The binary `plan`: runs, inspects, verifies, compares and refits plans.
+//! The binary `plan`: runs, times, inspects, verifies, compares and refits plans.
 
+use std::num::NonZero;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 use planfile::{PlanError, PlanFile, diff};
 use runtime::cli::{
-    Data, Exit, Failure, Shell, ToleranceFlags, bytes_bar, completions, finish, print, run, summary_text,
+    BenchFlags, Data, Exit, Failure, Shell, ToleranceFlags, bench, bytes_bar, completions, finish, print, run,
+    summary_text,
 };
 use runtime::refit::{Sources, refit};
 use runtime::tensor_file::TestData;
 use serde_json::json;
 
-/// Runs, inspects, verifies, compares and refits plans that `compile` wrote.
+/// Runs, times, inspects, verifies, compares and refits plans that `compile` wrote.
 ///
 /// Exit codes: 0 success; 1 beyond the tolerance, verification failed, or plans differ; 2 wrong command line; 3 invalid
 /// plan or input; 4 a file could not be read or written; 70 internal error.
@@ -42,6 +44,27 @@ enum Command {
         test_data: Option<PathBuf>,
         #[command(flatten)]
         tolerance: ToleranceFlags,
+        /// Threads of each virtual device; without it, they share the cores
+        #[arg(long, value_name = "N")]
+        threads: Option<NonZero<usize>>,
+        /// The report for programs
+        #[arg(long)]
+        json: bool,
+    },
+    /// Times runs of a plan on virtual devices: median, least, 99th percentile
+    Bench {
+        plan: PathBuf,
+        /// Which entry; needed where there are several
+        #[arg(long, value_name = "NAME")]
+        entry: Option<String>,
+        /// Inputs by name; without them, random ones as for `run`
+        #[arg(long, value_name = "FILE.npz")]
+        inputs: Option<PathBuf>,
+        #[command(flatten)]
+        flags: BenchFlags,
+        /// Threads of each virtual device; without it, they share the cores
+        #[arg(long, value_name = "N")]
+        threads: Option<NonZero<usize>>,
         /// The report for programs
         #[arg(long)]
         json: bool,
@@ -94,7 +117,7 @@ fn main() -> ExitCode {
 
 fn execute(command: Command) -> Result<Exit, Failure> {
     match command {
-        Command::Run { plan, entry, inputs, outputs, test_data, tolerance, json } => {
+        Command::Run { plan, entry, inputs, outputs, test_data, tolerance, threads, json } => {
             let test_data = test_data.map(|folder| TestData::read(&folder)).transpose()?;
             let data = match (&inputs, &test_data) {
                 (Some(path), _) => Data::Npz(path),
@@ -102,9 +125,15 @@ fn execute(command: Command) -> Result<Exit, Failure> {
                 (None, None) => Data::Random,
             };
             let file = PlanFile::open(&plan)?;
-            let report = run(file, entry.as_deref(), data, outputs.as_deref(), tolerance.into())?;
+            let report = run(file, entry.as_deref(), data, outputs.as_deref(), tolerance.into(), threads)?;
             print(&if json { format!("{:#}\n", json!(report)) } else { report.text() })?;
             Ok(report.exit())
+        }
+        Command::Bench { plan, entry, inputs, flags, threads, json } => {
+            let data = inputs.as_deref().map_or(Data::Random, Data::Npz);
+            let report = bench(PlanFile::open(&plan)?, entry.as_deref(), data, threads, flags)?;
+            print(&if json { format!("{:#}\n", json!(report)) } else { report.text() })?;
+            Ok(Exit::Success)
         }
         Command::Inspect { plan, json, text } => {
             let file = PlanFile::open(&plan)?;

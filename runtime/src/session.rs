@@ -1,17 +1,19 @@
 //! Sessions and contexts: a plan loaded once, run many times.
 
 use std::collections::BTreeMap;
+use std::num::NonZero;
 use std::path::Path;
 use std::sync::Arc;
 
 use planfile::plan::{Plan, PlanEntry};
 use planfile::reader::PlanFile;
 use planfile::{Buffer, Tensor};
+use rayon::ThreadPoolBuilder;
 
 use crate::error::RuntimeError;
 use crate::memory::allocate;
 use crate::signature::arrange;
-use crate::virtual_devices::run_entry;
+use crate::virtual_devices::{DeviceMemory, Observer, StepTime, run_entry};
 
 /// What a plan's ranks are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -39,7 +41,7 @@ struct Loaded {
 pub struct Context {
     session: Session,
     /// By rank.
-    arenas: Vec<Buffer>,
+    devices: Vec<DeviceMemory>,
 }
 
 impl Session {
@@ -81,26 +83,49 @@ impl Session {
         found.ok_or_else(|| RuntimeError::UnknownEntry { name: name.to_owned(), known: known() })
     }
 
-    /// Reserves the activation arenas of all ranks, for any of the entries.
+    /// Reserves the activation arenas of all ranks, for any of the entries. Ranks share the machine's cores evenly.
     ///
     /// # Errors
-    /// [`RuntimeError::Memory`].
+    /// [`RuntimeError::Memory`], [`RuntimeError::Threads`].
     pub fn context(&self) -> Result<Context, RuntimeError> {
+        self.context_with_threads(self.default_threads())
+    }
+
+    /// The machine's cores over the ranks, at least one.
+    pub fn default_threads(&self) -> NonZero<usize> {
+        let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
+        NonZero::new(cores / self.plan().manifest.ranks.max(1) as usize).unwrap_or(NonZero::<usize>::MIN)
+    }
+
+    /// As [`Self::context`], with a number of threads for each virtual device. It has no influence on results.
+    ///
+    /// # Errors
+    /// As [`Self::context`].
+    pub fn context_with_threads(&self, threads: NonZero<usize>) -> Result<Context, RuntimeError> {
         let plan = self.plan();
-        let arenas = (0..plan.manifest.ranks)
+        let devices = (0..plan.manifest.ranks)
             .map(|rank| {
                 let programs = plan.programs.iter().filter(|program| program.ranks.contains(&rank));
                 let bytes = programs.map(|program| program.arena_bytes).max().unwrap_or(0);
-                allocate(bytes, || format!("the activation arena of rank {rank}"))
+                let arena = allocate(bytes, || format!("the activation arena of rank {rank}"))?;
+                let pool = ThreadPoolBuilder::new().num_threads(threads.get());
+                let pool = pool.thread_name(move |thread| format!("rank {rank} thread {thread}"));
+                let pool = pool.build().map_err(|source| RuntimeError::Threads { rank, source })?;
+                Ok(DeviceMemory { arena, pool })
             })
-            .collect::<Result<_, _>>()?;
-        Ok(Context { session: self.clone(), arenas })
+            .collect::<Result<_, RuntimeError>>()?;
+        Ok(Context { session: self.clone(), devices })
     }
 }
 
 impl Context {
     pub fn session(&self) -> &Session {
         &self.session
+    }
+
+    /// Threads that share the work of each virtual device's steps.
+    pub fn threads_per_device(&self) -> usize {
+        self.devices.first().map_or(1, |device| device.pool.current_num_threads())
     }
 
     /// Runs an entry on whole tensors by name; whole outputs in the order of the entry. The same inputs give the same
@@ -113,10 +138,32 @@ impl Context {
         entry: &str,
         inputs: &BTreeMap<String, Tensor>,
     ) -> Result<Vec<(String, Tensor)>, RuntimeError> {
+        self.execute(entry, inputs, None)
+    }
+
+    /// As [`Self::run`]; `observe` is told by all ranks' threads how long each step took.
+    ///
+    /// # Errors
+    /// As [`Self::run`].
+    pub fn run_observed(
+        &mut self,
+        entry: &str,
+        inputs: &BTreeMap<String, Tensor>,
+        observe: &(dyn Fn(StepTime) + Sync),
+    ) -> Result<Vec<(String, Tensor)>, RuntimeError> {
+        self.execute(entry, inputs, Some(observe))
+    }
+
+    fn execute(
+        &mut self,
+        entry: &str,
+        inputs: &BTreeMap<String, Tensor>,
+        observe: Observer<'_>,
+    ) -> Result<Vec<(String, Tensor)>, RuntimeError> {
         let Loaded { plan, weights } = &*self.session.loaded;
         let entry = self.session.entry(entry)?;
         let inputs = arrange(entry, inputs)?;
-        let outputs = run_entry(plan, entry, &inputs, &mut self.arenas, weights)?;
+        let outputs = run_entry(plan, entry, &inputs, &mut self.devices, weights, observe)?;
         Ok(entry.outputs.iter().map(|port| port.name.clone()).zip(outputs).collect())
     }
 }

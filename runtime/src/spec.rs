@@ -34,6 +34,9 @@ pub(crate) fn run_spec(
     if operands.len() != spec.inputs.len() || results.len() != spec.results.len() {
         return Err(contradiction("a step has another number of operands or results than its kernel"));
     }
+    if let Some(done) = cpu::panels::execute(spec, operands, results) {
+        return Ok(done?);
+    }
     let mut slots: Vec<Slot> = (0..spec.inputs.len()).map(Slot::Operand).collect();
     for number in slots.len()..types.len() {
         let result = spec.results.iter().position(|&result| result as usize == number);
@@ -51,7 +54,7 @@ pub(crate) fn run_spec(
         for number in numbers.clone() {
             written.push(match slots[number] {
                 Slot::Result(result) => Target::Result(std::mem::take(&mut results[result].bytes)),
-                Slot::Operand(_) | Slot::Scratch(_) => Target::Scratch(Buffer::zeroed(byte_len(&types[number])?)),
+                Slot::Operand(_) | Slot::Scratch(_) => Target::Scratch(scratch_for(&types[number])?),
             });
         }
         let inputs: Vec<View<'_>> = node
@@ -87,6 +90,11 @@ pub(crate) fn run_spec(
         }
     }
     copy_rest(spec, &slots, operands, results)
+}
+
+fn scratch_for(ty: &TensorType) -> Result<Buffer, StepError> {
+    let bytes = byte_len(ty)?;
+    Buffer::try_zeroed(bytes).ok_or(StepError::Memory { bytes })
 }
 
 /// Results that are an operand, or the same value as an earlier result.

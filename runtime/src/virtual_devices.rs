@@ -4,10 +4,12 @@
 //! are made in the order of the group, once, so all ranks hold the same bits, in every run.
 
 use std::thread;
+use std::time::{Duration, Instant};
 
 use cpu::{View, ViewMut, combine, execute};
 use planfile::plan::{Action, Binding, Place, Plan, PlanEntry, Program, Step};
 use planfile::{Buffer, Op, RankScalar, Tensor, TensorType};
+use rayon::ThreadPool;
 
 use crate::error::{RuntimeError, StepError};
 use crate::exchange::{Exchange, Meeting, Route};
@@ -24,15 +26,17 @@ pub(crate) fn run_entry(
     plan: &Plan,
     entry: &PlanEntry,
     inputs: &[&Tensor],
-    arenas: &mut [Buffer],
+    devices: &mut [DeviceMemory],
     weights: &[Buffer],
+    observe: Observer<'_>,
 ) -> Result<Vec<Tensor>, RuntimeError> {
     let exchange = Exchange::default();
     let outcomes: Vec<Result<Vec<Piece>, RuntimeError>> = thread::scope(|scope| {
         let mut threads = Vec::new();
-        for ((rank, arena), weights) in (0u32..).zip(arenas).zip(weights) {
-            let device = Device { plan, entry, inputs, rank, exchange: &exchange };
-            threads.push((rank, scope.spawn(move || device.run(arena.bytes_mut(), weights.bytes()))));
+        for ((rank, memory), weights) in (0u32..).zip(devices).zip(weights) {
+            let device = Device { plan, entry, inputs, rank, exchange: &exchange, observe };
+            let run = move || memory.pool.install(|| device.run(memory.arena.bytes_mut(), weights.bytes()));
+            threads.push((rank, scope.spawn(run)));
         }
         let panicked = |rank| Err(RuntimeError::Panicked { rank });
         threads.into_iter().map(|(rank, thread)| thread.join().unwrap_or_else(|_| panicked(rank))).collect()
@@ -56,6 +60,28 @@ pub(crate) fn run_entry(
         None => assemble(plan, entry, pieces),
     }
 }
+
+/// What a context has for each rank.
+pub(crate) struct DeviceMemory {
+    pub(crate) arena: Buffer,
+    /// Threads that share the work of a step.
+    pub(crate) pool: ThreadPool,
+}
+
+/// A step that a rank has just done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StepTime {
+    pub rank: u32,
+    /// Index into [`Plan::programs`].
+    pub program: usize,
+    /// Index into the program's steps.
+    pub step: usize,
+    /// Waiting for other ranks included.
+    pub duration: Duration,
+}
+
+/// Told after each step how long it took, by all ranks' threads.
+pub(crate) type Observer<'a> = Option<&'a (dyn Fn(StepTime) + Sync)>;
 
 /// What one rank holds of an output.
 struct Piece {
@@ -124,6 +150,7 @@ struct Device<'a> {
     inputs: &'a [&'a Tensor],
     rank: u32,
     exchange: &'a Exchange,
+    observe: Observer<'a>,
 }
 
 impl Device<'_> {
@@ -140,6 +167,7 @@ impl Device<'_> {
             let Some(position) = program.ranks.iter().position(|&rank| rank == self.rank) else { continue };
             self.bring_inputs(program, position, &mut memory)?;
             for (number, step) in program.steps.iter().enumerate() {
+                let start = Instant::now();
                 self.step((index, number), step, position, &mut memory).map_err(|source| RuntimeError::Step {
                     rank: self.rank,
                     program: index,
@@ -147,6 +175,9 @@ impl Device<'_> {
                     origin: self.names(step),
                     source,
                 })?;
+                if let Some(observe) = self.observe {
+                    observe(StepTime { rank: self.rank, program: index, step: number, duration: start.elapsed() });
+                }
             }
             for (number, binding) in program.outputs.iter().enumerate() {
                 if !is_repeated(&binding.splits, position) {

@@ -168,6 +168,20 @@ fn test_data_is_compared() {
 }
 
 #[test]
+fn benchmarks_count_runs_and_name_steps() {
+    let desk = Desk::new();
+    let out = desk.plan(&["bench", "x.plan", "--runs", "4", "--threads", "2", "--steps"]).succeeds();
+    assert!(out.contains("of 4 runs") && out.contains("2 virtual devices, 2 threads each"), "{out}");
+    assert!(out.lines().any(|line| line.contains("pointwise f32[2, 1]") && line.contains("/Neg")), "{out}");
+    let flags = ["bench", "x.plan", "--runs", "1", "--warm-up", "0", "--steps", "--json"];
+    let report: Value = serde_json::from_str(&desk.plan(&flags).succeeds()).unwrap();
+    assert_eq!((&report["runs"], &report["steps"][0]["step"]), (&1.into(), &0.into()));
+    assert!(report["median_seconds"].as_f64().unwrap() > 0.0);
+    desk.plan(&["bench", "x.plan", "--runs", "0"]).fails(2, &["--runs"]);
+    desk.plan(&["bench", "x.plan", "--entry", "other"]).fails(3, &["`other`", "`main`"]);
+}
+
+#[test]
 fn random_inputs_are_the_same_in_every_run() {
     let desk = Desk::new();
     let run = || {

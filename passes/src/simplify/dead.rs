@@ -7,7 +7,7 @@ use ir::{Graph, Module, Node, NodeId, Output, Value, ValueDef, ValueId, Weight, 
 use planfile::Op;
 
 /// The module without dead parts. Ports of entries, files and states stay.
-pub(super) fn run(module: &Module) -> Module {
+pub(crate) fn run(module: &Module) -> Module {
     let mut used = vec![false; module.weights.len()];
     let mut graphs: Vec<Graph> = module.graphs.iter().map(compact).collect();
     let defs =

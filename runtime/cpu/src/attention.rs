@@ -4,10 +4,11 @@ use std::borrow::Cow;
 
 use planfile::DType;
 use planfile::op::{Causal, Combine};
+use rayon::prelude::*;
 
 use crate::error::CpuError;
 use crate::number::{Float, with_float};
-use crate::product::{Matrix, Product};
+use crate::product::{Job, Left, Matrix, Product};
 use crate::reduce::extremum;
 use crate::strided::broadcast_strides;
 use crate::view::{View, ViewMut, read, sizes, slice, write};
@@ -76,27 +77,31 @@ struct Rule<'a, T: Clone> {
 
 fn run<T: Float + Product>(shape: &Shape, rule: &Rule<'_, T>, q: &[T], k: &[T], v: &[T], y: &mut [T]) {
     let (keys, features, values) = (shape.keys, shape.features, shape.values);
-    let mut scores = vec![T::ZERO; ROWS.min(shape.queries) * keys];
-    for (head, y) in y.chunks_exact_mut(shape.queries * values).enumerate() {
+    let blocks = shape.queries.div_ceil(ROWS);
+    let run = |at: usize, y: &mut [T]| {
+        let (head, first) = (at / blocks, at % blocks * ROWS);
         // Batches have all their groups in order, so heads over heads per group number the groups of all batches.
         let group = head / shape.heads_per_group;
-        let q = &q[head * shape.queries * features..][..shape.queries * features];
+        let rows = y.len() / values;
+        let q = &q[(head * shape.queries + first) * features..][..rows * features];
         let k = &k[group * keys * features..][..keys * features];
         let v = &v[group * keys * values..][..keys * values];
-        for (block, y) in y.chunks_mut(ROWS * values).enumerate() {
-            let first = block * ROWS;
-            let rows = y.len() / values;
-            let q = Matrix::packed(&q[first * features..][..rows * features], features);
-            let k = Matrix::packed(k, features).transposed();
-            T::multiply([rows, keys, features], &mut scores, keys, q, k, false);
-            for row in 0..rows {
-                let scores = &mut scores[row * keys..][..keys];
-                weigh(shape, rule, [head / shape.heads, head % shape.heads, first + row], scores);
-            }
-            let v = Matrix::packed(v, values);
-            T::multiply([rows, values, keys], y, values, Matrix::packed(&scores, keys), v, false);
+        let mut scores = vec![T::ZERO; rows * keys];
+        let k = Matrix::packed(k, features).transposed();
+        T::multiply(
+            [rows, keys, features],
+            &mut [Job { a: Left::Matrix(Matrix::packed(q, features)), b: k, c: &mut scores }],
+        );
+        for (row, scores) in scores.chunks_exact_mut(keys.max(1)).enumerate() {
+            weigh(shape, rule, [head / shape.heads, head % shape.heads, first + row], scores);
         }
-    }
+        let v = Matrix::packed(v, values);
+        T::multiply([rows, values, keys], &mut [Job { a: Left::Matrix(Matrix::packed(&scores, keys)), b: v, c: y }]);
+    };
+    let heads = y.par_chunks_exact_mut(shape.queries * values).enumerate();
+    heads.for_each(|(head, y)| {
+        y.par_chunks_mut(ROWS * values).enumerate().for_each(|(block, y)| run(head * blocks + block, y));
+    });
 }
 
 /// Turns one query's scores into weights that sum to 1, or into zeros if it sees nothing.

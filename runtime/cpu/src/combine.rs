@@ -75,6 +75,7 @@ fn combine_half(combine: Combine, dtype: DType, into: &mut [u16], from: &[u16]) 
 }
 
 /// `into[i] = combine(into[i], from[i])`.
+#[inline(always)]
 pub(crate) fn accumulate<T: Number>(combine: Combine, into: &mut [T], from: &[T]) {
     with_combine!(combine, T, f => {
         for (into, &from) in into.iter_mut().zip(from) {

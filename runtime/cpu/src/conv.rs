@@ -1,11 +1,19 @@
-//! Convolutions as matrix products over columns that a window sees; depthwise ones directly.
+//! Convolutions as matrix products with columns of what windows see; depthwise ones directly.
+
+mod columns;
+mod depthwise;
+mod padded;
 
 use planfile::op::Window;
+use planfile::{DType, TensorType};
+use rayon::prelude::*;
 
+use self::columns::Columns;
+use self::depthwise::{Rows, depthwise};
 use crate::error::CpuError;
 use crate::number::with_number;
-use crate::product::{Matrix, Product};
-use crate::view::{View, ViewMut, product, read, sizes, write};
+use crate::product::{Job, Left, Matrix, Product};
+use crate::view::{View, ViewMut, product, read, sizes, slice, slice_mut, write};
 use crate::window::Sliding;
 
 /// `x: [N, C, spatial…]`, `w: [M, C / groups, window…]`, or `[C, M / groups, window…]` when transposed. Accumulates in
@@ -21,21 +29,8 @@ pub(crate) fn conv(
     if w.ty.dtype != x.ty.dtype {
         return Err(CpuError::Type(format!("conv: weights {} for {}", w.ty, x.ty)));
     }
-    let (x_sizes, y_sizes) = (sizes(x.ty), sizes(result.ty));
-    // The transposed convolution is the other one with the roles of input and output exchanged.
-    let sliding = if transposed {
-        Sliding::new(window, &y_sizes[2..], &x_sizes[2..])
-    } else {
-        Sliding::new(window, &x_sizes[2..], &y_sizes[2..])
-    };
     let groups = usize::try_from(groups).unwrap_or(usize::MAX);
-    let shape = Shape {
-        inputs: x_sizes[1] / groups,
-        outputs: y_sizes[1] / groups,
-        input_plane: product(&x_sizes[2..]),
-        output_plane: product(&y_sizes[2..]),
-        sliding,
-    };
+    let shape = Shape::new(window, groups, transposed, x.ty, result.ty);
     with_number!(x.ty.dtype, T => {
         let (x, w) = (read::<T>(x)?, read::<T>(w)?);
         write(result, |y: &mut [T]| {
@@ -45,6 +40,25 @@ pub(crate) fn conv(
     })
 }
 
+/// As [`conv`] in `f32` with one group and not transposed, with weights of type `w` in panels.
+pub(crate) fn conv_panels(
+    window: &Window,
+    x: &View<'_>,
+    panels: &View<'_>,
+    result: &mut ViewMut<'_>,
+) -> Result<(), CpuError> {
+    let shape = Shape::new(window, 1, false, x.ty, result.ty);
+    let (x, data) = (slice::<f32>(x.bytes, DType::F32)?, slice(panels.bytes, DType::F32)?);
+    let y: &mut [f32] = slice_mut(result.bytes, DType::F32)?;
+    let depth = shape.inputs * shape.sliding.taps();
+    // Nothing to convolve gives zeros; there is something to write, which was checked.
+    if x.is_empty() {
+        y.fill(0.0);
+    } else {
+        multiply(&shape, x, |_| Left::Panels { data, depth }, y);
+    }
+    Ok(())
+}
 /// Sizes of one group of channels of one image.
 struct Shape {
     inputs: usize,
@@ -52,6 +66,25 @@ struct Shape {
     input_plane: usize,
     output_plane: usize,
     sliding: Sliding,
+}
+
+impl Shape {
+    fn new(window: &Window, groups: usize, transposed: bool, x: &TensorType, y: &TensorType) -> Self {
+        let (x_sizes, y_sizes) = (sizes(x), sizes(y));
+        // The transposed convolution is the other one with the roles of input and output exchanged.
+        let sliding = if transposed {
+            Sliding::new(window, &y_sizes[2..], &x_sizes[2..])
+        } else {
+            Sliding::new(window, &x_sizes[2..], &y_sizes[2..])
+        };
+        Self {
+            inputs: x_sizes[1] / groups,
+            outputs: y_sizes[1] / groups,
+            input_plane: product(&x_sizes[2..]),
+            output_plane: product(&y_sizes[2..]),
+            sliding,
+        }
+    }
 }
 
 fn run<T: Product>(shape: &Shape, groups: usize, transposed: bool, x: &[T], w: &[T], y: &mut [T]) {
@@ -64,79 +97,49 @@ fn run<T: Product>(shape: &Shape, groups: usize, transposed: bool, x: &[T], w: &
         y.fill(T::ZERO);
         return;
     }
-    let mut columns = Vec::new();
-    for (position, y) in y.chunks_exact_mut(y_size).enumerate() {
-        let x = &x[position * x_size..][..x_size];
-        let w = &w[position % groups * w_size..][..w_size];
-        if transposed {
-            scatter(shape, x, w, y, &mut columns);
-        } else if shape.inputs == 1 {
-            direct(shape, x, w, y);
-        } else {
-            gather(shape, x, w, y, &mut columns);
-        }
-    }
-}
-
-/// One input channel: adds a scaled row of the input for each tap.
-fn direct<T: Product>(shape: &Shape, x: &[T], w: &[T], y: &mut [T]) {
-    let step = shape.sliding.step();
-    for (y, w) in y.chunks_exact_mut(shape.output_plane).zip(w.chunks_exact(shape.sliding.taps())) {
-        y.fill(T::ZERO);
-        shape.sliding.for_each_run(|run| {
-            let (y, weight) = (&mut y[run.output..][..run.length], w[run.tap]);
-            if step == 1 {
-                for (y, &x) in y.iter_mut().zip(&x[run.input..][..run.length]) {
-                    *y = y.add(x.mul(weight));
-                }
-            } else {
-                for (y, &x) in y.iter_mut().zip(x[run.input..].iter().step_by(step)) {
-                    *y = y.add(x.mul(weight));
-                }
-            }
+    let parts = |position: usize| (&x[position * x_size..][..x_size], &w[position % groups * w_size..][..w_size]);
+    if transposed {
+        y.par_chunks_exact_mut(y_size).enumerate().for_each(|(position, y)| {
+            let (x, w) = parts(position);
+            scatter(shape, x, w, y);
         });
+    } else if shape.inputs == 1 && shape.outputs < FEW_OUTPUTS && shape.sliding.is_compact() {
+        y.par_chunks_exact_mut(shape.output_plane).enumerate().for_each_init(Rows::new, |rows, (plane, y)| {
+            let (x, w) = parts(plane / shape.outputs);
+            let taps = shape.sliding.taps();
+            depthwise(&shape.sliding, rows, x, &w[plane % shape.outputs * taps..][..taps], y);
+        });
+    } else {
+        let depth = shape.inputs * shape.sliding.taps();
+        multiply(shape, x, |position| Left::Matrix(Matrix::packed(parts(position).1, depth)), y);
     }
 }
 
-/// Columns `[channels · taps, positions]` of what the window sees, then `y = w · columns`.
-fn gather<T: Product>(shape: &Shape, x: &[T], w: &[T], y: &mut [T], columns: &mut Vec<T>) {
-    let depth = shape.inputs * shape.sliding.taps();
-    let size = [shape.outputs, shape.output_plane, depth];
-    let w = Matrix::packed(w, depth);
-    if shape.sliding.is_identity() {
-        T::multiply(size, y, shape.output_plane, w, Matrix::packed(x, shape.input_plane), false);
+/// As a matrix product, with the weights for each image and group.
+fn multiply<'a, T: Product>(shape: &Shape, x: &'a [T], weights: impl Fn(usize) -> Left<'a, T>, y: &mut [T]) {
+    if padded::convolve(shape, x, &weights, y) {
         return;
     }
-    columns.clear();
-    columns.resize(depth * shape.output_plane, T::ZERO);
-    let step = shape.sliding.step();
-    let channels = columns.chunks_exact_mut(shape.sliding.taps() * shape.output_plane);
-    for (columns, x) in channels.zip(x.chunks_exact(shape.input_plane)) {
-        shape.sliding.for_each_run(|run| {
-            let columns = &mut columns[run.tap * shape.output_plane + run.output..][..run.length];
-            if step == 1 {
-                columns.copy_from_slice(&x[run.input..][..run.length]);
-            } else {
-                for (column, &x) in columns.iter_mut().zip(x[run.input..].iter().step_by(step)) {
-                    *column = x;
-                }
-            }
-        });
-    }
-    T::multiply(size, y, shape.output_plane, w, Matrix::packed(columns, shape.output_plane), false);
+    let (x_size, y_size) = (shape.inputs * shape.input_plane, shape.outputs * shape.output_plane);
+    let jobs = x.chunks_exact(x_size).zip(y.chunks_exact_mut(y_size)).enumerate();
+    let mut jobs: Vec<Job<'_, T, Columns<'_, T>>> =
+        jobs.map(|(position, (x, c))| Job { a: weights(position), b: Columns { shape, x }, c }).collect();
+    T::multiply([shape.outputs, shape.output_plane, shape.inputs * shape.sliding.taps()], &mut jobs);
 }
 
+/// With one input channel and fewer output channels than this, products have too little depth to pay.
+const FEW_OUTPUTS: usize = 8;
+
 /// `columns = wᵀ · x`, then each column is added where its window writes.
-fn scatter<T: Product>(shape: &Shape, x: &[T], w: &[T], y: &mut [T], columns: &mut Vec<T>) {
+fn scatter<T: Product>(shape: &Shape, x: &[T], w: &[T], y: &mut [T]) {
     let rows = shape.outputs * shape.sliding.taps();
-    columns.clear();
-    columns.resize(rows * shape.input_plane, T::ZERO);
+    let mut columns = vec![T::ZERO; rows * shape.input_plane];
     let size = [rows, shape.input_plane, shape.inputs];
-    let (w, x) = (Matrix::packed(w, rows).transposed(), Matrix::packed(x, shape.input_plane));
-    T::multiply(size, columns, shape.input_plane, w, x, false);
+    let (a, b) = (Matrix::packed(w, rows).transposed(), Matrix::packed(x, shape.input_plane));
+    T::multiply(size, &mut [Job { a: Left::Matrix(a), b, c: &mut columns }]);
     let step = shape.sliding.step();
-    let channels = columns.chunks_exact(shape.sliding.taps() * shape.input_plane);
-    for (columns, y) in channels.zip(y.chunks_exact_mut(shape.output_plane)) {
+    let channels = columns.par_chunks_exact(shape.sliding.taps() * shape.input_plane);
+    channels.zip(y.par_chunks_exact_mut(shape.output_plane)).for_each(|(columns, y)| {
         y.fill(T::ZERO);
         shape.sliding.for_each_run(|run| {
             let columns = &columns[run.tap * shape.input_plane + run.output..][..run.length];
@@ -144,15 +147,15 @@ fn scatter<T: Product>(shape: &Shape, x: &[T], w: &[T], y: &mut [T], columns: &m
                 *y = y.add(column);
             }
         });
-    }
+    });
 }
 
 #[cfg(test)]
 mod tests {
-    use planfile::op::Window;
     use planfile::{Op, Tensor};
     use proptest::prelude::*;
 
+    use super::*;
     use crate::evaluate;
 
     /// One spatial dimension of a random convolution.
@@ -213,6 +216,44 @@ mod tests {
 
     fn linear(digits: &[u64], sizes: &[u64]) -> usize {
         digits.iter().zip(sizes).fold(0, |linear, (digit, size)| linear * size + digit) as usize
+    }
+
+    /// Sizes across tiles and blocks: every way of convolving against one product over gathered columns.
+    #[test]
+    fn large_sizes_match_the_gathered_product() {
+        let numbers = |count: usize, step: usize| (0..count).map(|i| (i * step % 9) as f32 - 4.0).collect::<Vec<_>>();
+        for (groups, inputs, outputs, taps, stride, dilation, pad) in [
+            (1, 35, 50, 3, 1, 1, 1),
+            (1, 35, 13, 3, 1, 2, 0),
+            (2, 20, 30, 2, 2, 1, 1),
+            (6, 1, 2, 5, 1, 1, 2),
+            (6, 1, 1, 3, 2, 1, 1),
+        ] {
+            let window = Window {
+                sizes: vec![taps; 2],
+                strides: vec![stride; 2],
+                dilations: vec![dilation; 2],
+                pads: vec![(pad, pad); 2],
+            };
+            let (x_sizes, w_sizes) = ([2, groups * inputs, 21, 45], [groups * outputs, inputs, taps, taps]);
+            let count = |sizes: &[u64]| sizes.iter().product::<u64>() as usize;
+            let (x, w) = (numbers(count(&x_sizes), 5), numbers(count(&w_sizes), 7));
+            let (x, w) = (Tensor::from_elements(&x_sizes, &x).unwrap(), Tensor::from_elements(&w_sizes, &w).unwrap());
+            let op = Op::Conv { window: window.clone(), groups, transposed: false, output_pads: vec![0; 2] };
+            let y = evaluate(&op, &[&x, &w]).unwrap().remove(0);
+            let shape = Shape::new(&window, groups as usize, false, &x.ty, &y.ty);
+            let mut expected = vec![0f32; y.ty.elements().unwrap() as usize];
+            let depth = shape.inputs * shape.sliding.taps();
+            let (x, w) = (x.elements::<f32>().unwrap(), w.elements::<f32>().unwrap());
+            let planes = x.chunks_exact(shape.inputs * shape.input_plane);
+            let jobs = planes.zip(expected.chunks_exact_mut(shape.outputs * shape.output_plane)).enumerate();
+            for (position, (x, c)) in jobs {
+                let w = &w[position % groups as usize * shape.outputs * depth..][..shape.outputs * depth];
+                let job = Job { a: Left::Matrix(Matrix::packed(w, depth)), b: Columns { shape: &shape, x }, c };
+                f32::multiply([shape.outputs, shape.output_plane, depth], &mut [job]);
+            }
+            assert_eq!(y.elements::<f32>().unwrap(), &expected, "{window:?}");
+        }
     }
 
     proptest! {

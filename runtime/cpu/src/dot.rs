@@ -8,9 +8,9 @@ use planfile::{DType, Element};
 
 use crate::error::CpuError;
 use crate::number::{Convert, Number, with_number};
-use crate::product::{Matrix, Product};
+use crate::product::{Job, Left, Matrix, Product, RightPanels};
 use crate::strided::{Layout, copy, strides};
-use crate::view::{View, ViewMut, product, read, sizes, write};
+use crate::view::{View, ViewMut, product, read, sizes, slice, slice_mut, write};
 
 /// `result[batch.., free of a.., free of b..] = sum over contracted dimensions of a · b`.
 pub(crate) fn dot(
@@ -46,14 +46,32 @@ pub(crate) fn dot(
     })
 }
 
+/// As [`dot`] in `f32` without batch, with the right side in panels.
+pub(crate) fn dot_panels(
+    contract: &[(u8, u8)],
+    a: &View<'_>,
+    panels: &View<'_>,
+    result: &mut ViewMut<'_>,
+) -> Result<(), CpuError> {
+    let a = Stack::<f32>::new(a, &[], &contract.iter().map(|pair| usize::from(pair.0)).collect::<Vec<_>>())?;
+    let data: &[f32] = slice(panels.bytes, DType::F32)?;
+    let c: &mut [f32] = slice_mut(result.bytes, DType::F32)?;
+    let [m, k] = [a.free.size, a.contract.size];
+    let size = [m, c.len() / m.max(1), k];
+    f32::multiply(size, &mut [Job { a: Left::Matrix(a.matrix(0)), b: RightPanels { data, depth: k }, c }]);
+    Ok(())
+}
+
 fn multiply<T: Accumulator>(a: &Stack<'_, T>, b: &Stack<'_, T>, dst: &mut [T]) {
     let (m, n, k) = (a.free.size, b.free.size, a.contract.size);
     if m * n == 0 {
         return;
     }
-    for (position, dst) in dst.chunks_exact_mut(m * n).enumerate() {
-        T::multiply([m, n, k], dst, n, a.matrix(position), b.matrix(position).transposed(), false);
-    }
+    let jobs = dst.chunks_exact_mut(m * n).enumerate();
+    let mut jobs: Vec<Job<'_, T, Matrix<'_, T>>> = jobs
+        .map(|(position, c)| Job { a: Left::Matrix(a.matrix(position)), b: b.matrix(position).transposed(), c })
+        .collect();
+    T::multiply([m, n, k], &mut jobs);
 }
 
 /// Dimensions that act as one.

@@ -2,7 +2,9 @@
 
 use planfile::{Binary, Compare, Unary};
 
+use crate::float_math;
 use crate::number::Number;
+use crate::simd::vectorised;
 
 /// A type that expressions are computed in.
 pub(crate) trait Lane: Number {
@@ -14,18 +16,21 @@ pub(crate) trait Lane: Number {
     fn is_infinite(self) -> bool;
 }
 
+#[inline(always)]
 fn map<T: Copy, R>(dst: &mut [R], x: &[T], f: impl Fn(T) -> R) {
     for (dst, &x) in dst.iter_mut().zip(x) {
         *dst = f(x);
     }
 }
 
+#[inline(always)]
 fn zip<T: Copy, R>(dst: &mut [R], a: &[T], b: &[T], f: impl Fn(T, T) -> R) {
     for ((dst, &a), &b) in dst.iter_mut().zip(a).zip(b) {
         *dst = f(a, b);
     }
 }
 
+vectorised! {
 /// `dst[i] = op(a[i], b[i])`, as 0 or 1.
 pub(crate) fn compare<T: Number>(op: Compare, dst: &mut [u8], a: &[T], b: &[T]) {
     match op {
@@ -36,6 +41,7 @@ pub(crate) fn compare<T: Number>(op: Compare, dst: &mut [u8], a: &[T], b: &[T]) 
         Compare::Gt => zip(dst, a, b, |a, b| u8::from(a > b)),
         Compare::Ge => zip(dst, a, b, |a, b| u8::from(a >= b)),
     }
+}
 }
 
 /// `dst[i] = op(x[i])` as 0 or 1: `infinite` asks for infinities, otherwise for NaN.
@@ -52,11 +58,13 @@ pub(crate) fn not(dst: &mut [u8], x: &[u8]) {
     map(dst, x, |x| u8::from(x == 0));
 }
 
+vectorised! {
 /// `dst[i] = if condition[i] { yes[i] } else { no[i] }`.
 pub(crate) fn select<T: Copy>(dst: &mut [T], condition: &[u8], yes: &[T], no: &[T]) {
     for (((dst, &condition), &yes), &no) in dst.iter_mut().zip(condition).zip(yes).zip(no) {
         *dst = if condition == 0 { no } else { yes };
     }
+}
 }
 
 /// Integers to the power of integers, wrapping. Negative powers truncate: 0 but for bases 1 and -1.
@@ -196,9 +204,11 @@ integer_lane!(i32, signed);
 integer_lane!(i64, signed);
 
 macro_rules! float_lane {
-    ($float:ty, $erf:path) => {
+    ($float:ty, $exp:path, $tanh:path, $sigmoid:expr, $erf:path) => {
         impl Lane for $float {
             fn unary(op: Unary, dst: &mut [Self], x: &[Self]) {
+                vectorised! {
+                    fn unary(op: Unary, dst: &mut [$float], x: &[$float]) {
                 match op {
                     Unary::Neg => map(dst, x, |x| -x),
                     Unary::Abs => map(dst, x, <$float>::abs),
@@ -209,7 +219,7 @@ macro_rules! float_lane {
                     Unary::Trunc => map(dst, x, <$float>::trunc),
                     Unary::Sqrt => map(dst, x, <$float>::sqrt),
                     Unary::Reciprocal => map(dst, x, <$float>::recip),
-                    Unary::Exp => map(dst, x, <$float>::exp),
+                    Unary::Exp => map(dst, x, $exp),
                     Unary::Log => map(dst, x, <$float>::ln),
                     Unary::Sin => map(dst, x, <$float>::sin),
                     Unary::Cos => map(dst, x, <$float>::cos),
@@ -219,21 +229,22 @@ macro_rules! float_lane {
                     Unary::Atan => map(dst, x, <$float>::atan),
                     Unary::Sinh => map(dst, x, <$float>::sinh),
                     Unary::Cosh => map(dst, x, <$float>::cosh),
-                    Unary::Tanh => map(dst, x, <$float>::tanh),
+                    Unary::Tanh => map(dst, x, $tanh),
                     Unary::Asinh => map(dst, x, <$float>::asinh),
                     Unary::Acosh => map(dst, x, <$float>::acosh),
                     Unary::Atanh => map(dst, x, <$float>::atanh),
                     Unary::Erf => map(dst, x, $erf),
-                    Unary::Sigmoid => map(dst, x, |x| {
-                        // The exponential of a number that is not positive cannot overflow.
-                        let small = (-x.abs()).exp();
-                        if x < 0.0 { small / (1.0 + small) } else { 1.0 / (1.0 + small) }
-                    }),
+                    Unary::Sigmoid => map(dst, x, $sigmoid),
                     Unary::Not | Unary::IsNan | Unary::IsInf => dst.copy_from_slice(x),
                 }
+                    }
+                }
+                unary(op, dst, x);
             }
 
             fn binary(op: Binary, dst: &mut [Self], a: &[Self], b: &[Self]) {
+                vectorised! {
+                    fn binary(op: Binary, dst: &mut [$float], a: &[$float], b: &[$float]) {
                 match op {
                     Binary::Add => zip(dst, a, b, |a, b| a + b),
                     Binary::Sub => zip(dst, a, b, |a, b| a - b),
@@ -244,13 +255,17 @@ macro_rules! float_lane {
                         if remainder != 0.0 && (remainder < 0.0) != (b < 0.0) { remainder + b } else { remainder }
                     }),
                     Binary::Rem => zip(dst, a, b, |a, b| a % b),
-                    Binary::Pow => zip(dst, a, b, <$float>::powf),
+                    // Squares are what exporters spell norms with.
+                            Binary::Pow => zip(dst, a, b, |a, b| if b == 2.0 { a * a } else { a.powf(b) }),
                     Binary::Max => zip(dst, a, b, Number::larger),
                     Binary::Min => zip(dst, a, b, Number::smaller),
                     Binary::And | Binary::Or | Binary::Xor | Binary::ShiftLeft | Binary::ShiftRight => {
                         dst.copy_from_slice(a);
                     }
                 }
+                    }
+                }
+                binary(op, dst, a, b);
             }
 
             #[inline]
@@ -260,8 +275,8 @@ macro_rules! float_lane {
         }
     };
 }
-float_lane!(f32, libm::erff);
-float_lane!(f64, libm::erf);
+float_lane!(f32, float_math::exp, float_math::tanh, float_math::sigmoid, float_math::erf);
+float_lane!(f64, f64::exp, f64::tanh, |x: f64| 1.0 / (1.0 + (-x).exp()), libm::erf);
 
 #[cfg(test)]
 mod tests {

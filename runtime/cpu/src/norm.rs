@@ -3,9 +3,11 @@
 use std::borrow::Cow;
 
 use planfile::op::NormKind;
+use rayon::prelude::*;
 
 use crate::error::CpuError;
-use crate::number::{Float, Number, with_float};
+use crate::number::{Float, Number, sum, with_float};
+use crate::simd::vectorised;
 use crate::strided::{Layout, broadcast_strides, copy, strides};
 use crate::view::{View, ViewMut, product, read, sizes, write};
 
@@ -27,33 +29,35 @@ pub(crate) fn norm(
         let bias = bias.map(|view| expand::<T>(view, tail)).transpose()?;
         write(result, |y| {
             let width = product(tail);
-            for (x, y) in x.chunks_exact(width).zip(y.chunks_exact_mut(width)) {
-                let (shift, factor) = statistics(kind, epsilon, x);
-                for (y, &x) in y.iter_mut().zip(x) {
-                    *y = <T as Float>::from_f64((x.to_sum() - shift) * factor);
-                }
-                if let Some(scale) = &scale {
-                    y.iter_mut().zip(scale.iter()).for_each(|(y, &scale)| *y *= scale);
-                }
-                if let Some(bias) = &bias {
-                    y.iter_mut().zip(bias.iter()).for_each(|(y, &bias)| *y += bias);
-                }
-            }
+            let rows = y.par_chunks_exact_mut(width).zip(x.par_chunks_exact(width));
+            rows.with_min_len(ROWS).for_each(|(y, x)| row(kind, epsilon, x, scale.as_deref(), bias.as_deref(), y));
             Ok(())
         })
     })
 }
 
-/// What to subtract, and what to multiply with.
-fn statistics<T: Float>(kind: NormKind, epsilon: f64, x: &[T]) -> (f64, f64) {
-    let count = x.len() as f64;
-    let mean = match kind {
-        NormKind::Layer => x.iter().map(|x| x.to_sum()).sum::<f64>() / count,
-        NormKind::Rms => 0.0,
-    };
-    let square = |x: &T| (x.to_sum() - mean) * (x.to_sum() - mean);
-    let variance = x.iter().map(square).sum::<f64>() / count;
-    (mean, 1.0 / (variance + epsilon).sqrt())
+/// Rows that a thread takes at least.
+const ROWS: usize = 8;
+
+vectorised! {
+    fn row<T: Float>(kind: NormKind, epsilon: f64, x: &[T], scale: Option<&[T]>, bias: Option<&[T]>, y: &mut [T]) {
+        let count = x.len() as f64;
+        let mean = match kind {
+            NormKind::Layer => sum(x, |x| x.to_sum()) / count,
+            NormKind::Rms => 0.0,
+        };
+        let variance = sum(x, |x| (x.to_sum() - mean) * (x.to_sum() - mean)) / count;
+        let factor = 1.0 / (variance + epsilon).sqrt();
+        for (y, &x) in y.iter_mut().zip(x) {
+            *y = T::from_f64((x.to_sum() - mean) * factor);
+        }
+        if let Some(scale) = scale {
+            y.iter_mut().zip(scale).for_each(|(y, &scale)| *y = *y * scale);
+        }
+        if let Some(bias) = bias {
+            y.iter_mut().zip(bias).for_each(|(y, &bias)| *y = *y + bias);
+        }
+    }
 }
 
 /// The operand broadcast to `dims`.

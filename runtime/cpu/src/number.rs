@@ -3,8 +3,10 @@
 use planfile::Element;
 use planfile::op::Combine;
 
+use crate::float_math;
+
 /// A type that values are computed in. Integers wrap.
-pub(crate) trait Number: Element + PartialOrd {
+pub(crate) trait Number: Element + PartialOrd + Send + Sync {
     /// What sums and products are accumulated in: `f64` for floats.
     type Sum: Number;
     const ZERO: Self;
@@ -27,6 +29,7 @@ pub(crate) trait Number: Element + PartialOrd {
     fn from_f32(value: f32) -> Self;
     fn to_f32(self) -> f32;
 
+    #[inline(always)]
     fn combine(self, combine: Combine, other: Self) -> Self {
         match combine {
             Combine::Sum => self.add(other),
@@ -55,7 +58,7 @@ pub(crate) trait Convert<To> {
 macro_rules! convert {
     ($from:ty => $($to:ty),*) => {
         $(impl Convert<$to> for $from {
-            #[inline]
+            #[inline(always)]
             fn convert(self) -> $to {
                 self as $to
             }
@@ -71,40 +74,42 @@ macro_rules! integers {
             const ONE: Self = 1;
             const LOWEST: Self = Self::MIN;
             const HIGHEST: Self = Self::MAX;
-            #[inline]
+            #[inline(always)]
             fn add(self, other: Self) -> Self {
                 self.wrapping_add(other)
             }
-            #[inline]
+            #[inline(always)]
             fn mul(self, other: Self) -> Self {
                 self.wrapping_mul(other)
             }
-            #[inline]
+            #[inline(always)]
             fn larger(self, other: Self) -> Self {
                 self.max(other)
             }
-            #[inline]
+            #[inline(always)]
             fn smaller(self, other: Self) -> Self {
                 self.min(other)
             }
-            #[inline]
+            #[inline(always)]
             fn is_nan(self) -> bool {
                 false
             }
-            #[inline]
+            #[inline(always)]
             fn to_sum(self) -> Self {
                 self
             }
-            #[inline]
+            #[inline(always)]
             fn from_sum(sum: Self) -> Self {
                 sum
             }
             fn mean(sum: Self, count: usize) -> Self {
                 (sum as i128).checked_div(count as i128).unwrap_or_default() as Self
             }
+            #[inline(always)]
             fn from_f32(value: f32) -> Self {
                 value as Self
             }
+            #[inline(always)]
             fn to_f32(self) -> f32 {
                 self as f32
             }
@@ -116,58 +121,63 @@ macro_rules! integers {
 integers!(u8, u16, u32, u64, i8, i16, i32, i64);
 
 macro_rules! floats {
-    ($($float:ty),*) => {
+    ($($float:ty: $exp:path, $tanh:path);*) => {
         $(impl Number for $float {
             type Sum = f64;
             const ZERO: Self = 0.0;
             const ONE: Self = 1.0;
             const LOWEST: Self = Self::NEG_INFINITY;
             const HIGHEST: Self = Self::INFINITY;
-            #[inline]
+            #[inline(always)]
             fn add(self, other: Self) -> Self {
                 self + other
             }
-            #[inline]
+            #[inline(always)]
             fn mul(self, other: Self) -> Self {
                 self * other
             }
-            #[inline]
+            #[inline(always)]
             fn larger(self, other: Self) -> Self {
                 if self > other || self.is_nan() { self } else { other }
             }
-            #[inline]
+            #[inline(always)]
             fn smaller(self, other: Self) -> Self {
                 if self < other || self.is_nan() { self } else { other }
             }
-            #[inline]
+            #[inline(always)]
             fn is_nan(self) -> bool {
                 self.is_nan()
             }
-            #[inline]
+            #[inline(always)]
             fn to_sum(self) -> f64 {
                 f64::from(self)
             }
-            #[inline]
+            #[inline(always)]
             fn from_sum(sum: f64) -> Self {
                 sum as Self
             }
             fn mean(sum: f64, count: usize) -> Self {
                 (sum / count as f64) as Self
             }
+            #[inline(always)]
             fn from_f32(value: f32) -> Self {
                 Self::from(value)
             }
+            #[inline(always)]
             fn to_f32(self) -> f32 {
                 self as f32
             }
         }
         impl Float for $float {
+            #[inline(always)]
             fn exp(self) -> Self {
-                self.exp()
+                $exp(self)
             }
+            #[inline(always)]
             fn tanh(self) -> Self {
-                self.tanh()
+                $tanh(self)
             }
+            #[inline(always)]
             fn from_f64(value: f64) -> Self {
                 value as Self
             }
@@ -176,7 +186,7 @@ macro_rules! floats {
         )*
     };
 }
-floats!(f32, f64);
+floats!(f32: float_math::exp, float_math::tanh; f64: f64::exp, f64::tanh);
 
 /// Floating-point types that functions are computed in.
 pub(crate) trait Float:
@@ -189,6 +199,23 @@ pub(crate) trait Float:
     fn exp(self) -> Self;
     fn tanh(self) -> Self;
     fn from_f64(value: f64) -> Self;
+}
+
+/// The sum of a term of each element, in independent parts, so that one need not wait for the one before.
+#[inline(always)]
+pub(crate) fn sum<T: Float>(elements: &[T], term: impl Fn(T) -> f64) -> f64 {
+    const PARTS: usize = 16;
+    let mut parts = [0.0; PARTS];
+    let chunks = elements.chunks_exact(PARTS);
+    for (part, &element) in parts.iter_mut().zip(chunks.remainder()) {
+        *part = term(element);
+    }
+    for chunk in chunks {
+        for (part, &element) in parts.iter_mut().zip(chunk) {
+            *part += term(element);
+        }
+    }
+    parts.iter().sum()
 }
 
 /// Runs the body with `$T` the type that `$dtype` is computed in.

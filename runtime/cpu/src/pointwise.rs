@@ -2,6 +2,7 @@
 
 use bytemuck::Pod;
 use planfile::{DType, Expr, Unary};
+use rayon::prelude::*;
 
 use crate::error::CpuError;
 use crate::lane::{self, Lane};
@@ -28,24 +29,31 @@ pub(crate) fn pointwise(
     for input in &inputs {
         with_width!(input.dtype, T => slice::<T>(input.bytes, input.dtype).map(|_| ())?);
     }
-    let mut machine = Machine::new(&program, &inputs, &dims, count.min(BLOCK))?;
     let dtype = result.ty.dtype;
-    for start in (0..count).step_by(BLOCK) {
-        let size = BLOCK.min(count - start);
-        for step in &program.steps {
-            machine.run(step, start, size)?;
+    // Whole blocks for each thread, several so that one who is held up does not hold up all.
+    let share = count.div_ceil(4 * rayon::current_num_threads()).max(WORTH_A_THREAD).next_multiple_of(BLOCK);
+    result.bytes.par_chunks_mut(share * dtype.bytes()).enumerate().try_for_each(|(chunk, bytes)| {
+        let mut machine = Machine::new(&program, &inputs, &dims, count.min(BLOCK))?;
+        let starts = (chunk * share..count).step_by(BLOCK);
+        for (start, bytes) in starts.zip(bytes.chunks_mut(BLOCK * dtype.bytes())) {
+            let size = bytes.len() / dtype.bytes();
+            for step in &program.steps {
+                machine.run(step, start, size)?;
+            }
+            if is_half(dtype) {
+                narrow_half(dtype, machine.get(program.result, start, size)?, slice_mut(bytes, dtype)?);
+            } else {
+                with_width!(dtype, T => {
+                    slice_mut::<T>(bytes, dtype)?.copy_from_slice(machine.get(program.result, start, size)?);
+                });
+            }
         }
-        let bytes = &mut result.bytes[start * dtype.bytes()..][..size * dtype.bytes()];
-        if is_half(dtype) {
-            narrow_half(dtype, machine.get(program.result, start, size)?, slice_mut(bytes, dtype)?);
-        } else {
-            with_width!(dtype, T => {
-                slice_mut::<T>(bytes, dtype)?.copy_from_slice(machine.get(program.result, start, size)?);
-            });
-        }
-    }
-    Ok(())
+        Ok(())
+    })
 }
+
+/// Elements that a thread takes at least.
+const WORTH_A_THREAD: usize = 1 << 14;
 
 /// An operand and how output positions map to its elements.
 struct Input<'a> {

@@ -1,7 +1,17 @@
-//! Matrix products: floats through the `gemm` crate, integers by plain loops that wrap.
-#![expect(unsafe_code, reason = "the gemm crate takes raw pointers; this is the one place that calls it")]
+//! Matrix products: blocked and in parallel for floats, plain loops that wrap for integers.
+
+mod blocked;
+mod microkernel;
+mod windows;
+
+pub(crate) use blocked::{FEW_ROWS, Job, Right};
+pub(crate) use windows::{WindowJob, Windows};
+
+use rayon::prelude::*;
 
 use crate::number::Number;
+use crate::panels::ROWS;
+use crate::simd::vectorised;
 
 /// A matrix in a slice: element `(i, j)` is at `i * rows + j * columns`.
 #[derive(Clone, Copy, Debug)]
@@ -25,84 +35,68 @@ impl<'a, T> Matrix<'a, T> {
     }
 }
 
-/// Types that have a matrix product. It is accumulated in the type itself.
-pub(crate) trait Product: Number {
-    /// `dst = a · b`, or `dst += a · b`, with `a: [m, k]`, `b: [k, n]` and rows of `dst: [m, n]` at `dst_rows` from
-    /// each other. `size` is `[m, n, k]`. An empty contraction gives zeros.
-    fn multiply(
-        size: [usize; 3],
-        dst: &mut [Self],
-        dst_rows: usize,
-        a: Matrix<'_, Self>,
-        b: Matrix<'_, Self>,
-        add: bool,
-    );
+/// The left side of a product.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Left<'a, T> {
+    Matrix(Matrix<'a, T>),
+    /// Panels `[rows / ROWS, depth, ROWS]`, see [`crate::panels`].
+    Panels {
+        data: &'a [T],
+        depth: usize,
+    },
 }
 
-/// The part of the slice from the first to the last element of an `[m, n]` matrix, neither of them 0.
-fn extent<T>(matrix: Matrix<'_, T>, m: usize, n: usize) -> &[T] {
-    &matrix.data[..(m - 1) * matrix.rows + (n - 1) * matrix.columns + 1]
-}
-
-/// Handles sizes of 0, for which there is nothing to multiply; true if the product is done.
-fn trivial<T: Number>([m, n, k]: [usize; 3], dst: &mut [T], dst_rows: usize, add: bool) -> bool {
-    if m == 0 || n == 0 {
-        return true;
-    }
-    if k == 0 && !add {
-        for row in 0..m {
-            dst[row * dst_rows..][..n].fill(T::ZERO);
+impl<T: Copy> Left<'_, T> {
+    fn at(&self, row: usize, depth: usize) -> T {
+        match self {
+            Self::Matrix(matrix) => matrix.data[row * matrix.rows + depth * matrix.columns],
+            Self::Panels { data, depth: depths } => data[(row / ROWS * depths + depth) * ROWS + row % ROWS],
         }
     }
-    k == 0
+}
+
+/// The right side of a product as panels `[columns / COLUMNS, depth, COLUMNS]`, see [`crate::panels`].
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RightPanels<'a, T> {
+    pub(crate) data: &'a [T],
+    pub(crate) depth: usize,
+}
+
+/// Types that have a matrix product. It is accumulated in the type itself.
+pub(crate) trait Product: Number {
+    /// For each job `c = a · b`, with `a: [m, k]`, `b: [k, n]`, `c: [m, n]` and `size` `[m, n, k]`. An empty
+    /// contraction gives zeros.
+    fn multiply<R: Right<Self>>(size: [usize; 3], jobs: &mut [Job<'_, Self, R>]);
+    /// Elements that must be readable behind the input of [`Self::multiply_windows`]; `None` where there is no such
+    /// product for the type.
+    fn window_margin() -> Option<usize>;
+    /// For each job `c[i, row, column] = sum over d of a[i, d] · x[offsets[d] + row * pitch + column]`, for `m` rows `i`.
+    fn multiply_windows(m: usize, windows: &Windows, jobs: &mut [WindowJob<'_, Self>]);
+}
+
+/// Handles sizes of 0, for which there is nothing to multiply; true if the products are done.
+fn trivial<T: Number, R>([m, n, k]: [usize; 3], jobs: &mut [Job<'_, T, R>]) -> bool {
+    if k == 0 {
+        jobs.iter_mut().for_each(|job| job.c.fill(T::ZERO));
+    }
+    m == 0 || n == 0 || k == 0 || jobs.is_empty()
 }
 
 macro_rules! float_product {
     ($($float:ty),*) => {
         $(impl Product for $float {
-            fn multiply(
-                size: [usize; 3],
-                dst: &mut [Self],
-                dst_rows: usize,
-                a: Matrix<'_, Self>,
-                b: Matrix<'_, Self>,
-                add: bool,
-            ) {
-                if trivial(size, dst, dst_rows, add) {
-                    return;
+            fn multiply<R: Right<Self>>(size: [usize; 3], jobs: &mut [Job<'_, Self, R>]) {
+                if !trivial(size, jobs) {
+                    blocked::multiply_all(size, jobs);
                 }
-                let [m, n, k] = size;
-                let dst = &mut dst[..(m - 1) * dst_rows + n];
-                // Rows that overlap would be written twice.
-                let dst_rows = if m == 1 { n } else { dst_rows };
-                assert!(dst_rows >= n, "rows of {n} elements are {dst_rows} apart");
-                let (lhs, rhs) = (extent(a, m, k), extent(b, k, n));
-                // SAFETY: all elements that the sizes and strides reach lie between the first and the last one of
-                // each matrix, which the slices above contain; strides are not negative; `dst` is borrowed mutably,
-                // so it overlaps with neither operand, and its rows do not overlap with each other.
-                unsafe {
-                    gemm::gemm(
-                        m,
-                        n,
-                        k,
-                        dst.as_mut_ptr(),
-                        1,
-                        dst_rows.cast_signed(),
-                        add,
-                        lhs.as_ptr(),
-                        a.columns.cast_signed(),
-                        a.rows.cast_signed(),
-                        rhs.as_ptr(),
-                        b.columns.cast_signed(),
-                        b.rows.cast_signed(),
-                        1.0,
-                        1.0,
-                        false,
-                        false,
-                        false,
-                        gemm::Parallelism::None,
-                    );
-                }
+            }
+
+            fn window_margin() -> Option<usize> {
+                Some(<$float as microkernel::Tiled>::columns())
+            }
+
+            fn multiply_windows(m: usize, windows: &Windows, jobs: &mut [WindowJob<'_, Self>]) {
+                windows::multiply_windows(m, windows, jobs);
             }
         })*
     };
@@ -112,65 +106,66 @@ float_product!(f32, f64);
 macro_rules! integer_product {
     ($($int:ty),*) => {
         $(impl Product for $int {
-            fn multiply(
-                size: [usize; 3],
-                dst: &mut [Self],
-                dst_rows: usize,
-                a: Matrix<'_, Self>,
-                b: Matrix<'_, Self>,
-                add: bool,
-            ) {
-                if trivial(size, dst, dst_rows, add) {
-                    return;
+            fn multiply<R: Right<Self>>(size: [usize; 3], jobs: &mut [Job<'_, Self, R>]) {
+                if !trivial(size, jobs) {
+                    jobs.par_iter_mut().for_each(|job| {
+                        let [_, n, k] = size;
+                        // Rows of one whole panel: elements next to each other make the innermost loop one over slices.
+                        let mut packed = vec![0; k * n];
+                        job.b.pack(0..k, 0..n, n, &mut packed);
+                        job.c.par_chunks_exact_mut(n).enumerate().for_each(|(row, c)| {
+                            let a: Vec<$int> = (0..k).map(|depth| job.a.at(row, depth)).collect();
+                            integer_row(c, &a, &packed);
+                        });
+                    });
                 }
-                let [m, n, k] = size;
-                // Consecutive columns make the innermost loop one over slices.
-                let mut packed = Vec::new();
-                let b = if b.columns == 1 || n == 1 {
-                    b
-                } else {
-                    packed.reserve(k * n);
-                    for depth in 0..k {
-                        packed.extend((0..n).map(|column| b.data[depth * b.rows + column * b.columns]));
-                    }
-                    Matrix::packed(&packed, n)
-                };
-                for row in 0..m {
-                    let dst = &mut dst[row * dst_rows..][..n];
-                    if !add {
-                        dst.fill(0);
-                    }
-                    for depth in 0..k {
-                        let left = a.data[row * a.rows + depth * a.columns];
-                        for (dst, &right) in dst.iter_mut().zip(&b.data[depth * b.rows..][..n]) {
-                            *dst = dst.wrapping_add(left.wrapping_mul(right));
-                        }
-                    }
-                }
+            }
+
+            fn window_margin() -> Option<usize> {
+                None
+            }
+
+            fn multiply_windows(_: usize, _: &Windows, jobs: &mut [WindowJob<'_, Self>]) {
+                // Nobody asks for what there is not.
+                jobs.iter_mut().for_each(|job| job.c.fill(0));
             }
         })*
     };
 }
 integer_product!(u8, u16, u32, u64, i8, i16, i32, i64);
 
+vectorised! {
+    /// `c = a · b` for one row.
+    fn integer_row<T: Number>(c: &mut [T], a: &[T], b: &[T]) {
+        c.fill(T::ZERO);
+        for (&left, b) in a.iter().zip(b.chunks_exact(c.len())) {
+            for (c, &right) in c.iter_mut().zip(b) {
+                *c = c.add(left.mul(right));
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
+    fn multiply<T: Product>(size: [usize; 3], a: Matrix<'_, T>, b: Matrix<'_, T>) -> Vec<T> {
+        let mut c = vec![T::ONE; size[0] * size[1]];
+        T::multiply(size, &mut [Job { a: Left::Matrix(a), b, c: &mut c }]);
+        c
+    }
+
     fn check<T: Product + std::fmt::Debug>(of: impl Fn(i32) -> T) {
-        // [2, 3] · [3, 2], with the right side stored by columns and gaps between rows of the result.
+        // [2, 3] · [3, 2], with the right side stored by columns.
         let a = [1, 2, 3, 4, 5, 6].map(&of);
         let b = [7, 9, 11, 8, 10, 12].map(&of);
         let (a, b) = (Matrix::packed(&a, 3), Matrix::packed(&b, 3).transposed());
-        let mut dst = [0; 6].map(&of);
-        T::multiply([2, 2, 3], &mut dst, 4, a, b, false);
-        assert_eq!(dst, [58, 64, 0, 0, 139, 154].map(&of));
-        T::multiply([2, 2, 1], &mut dst, 4, a, b, true);
-        assert_eq!(dst[..2], [58 + 7, 64 + 8].map(&of));
-        T::multiply([1, 2, 0], &mut dst, 4, a, b, true);
-        assert_eq!(dst[..2], [58 + 7, 64 + 8].map(&of));
-        T::multiply([1, 2, 0], &mut dst, 4, a, b, false);
-        assert_eq!(dst[..2], [0, 0].map(&of));
+        assert_eq!(multiply([2, 2, 3], a, b), [58, 64, 139, 154].map(&of));
+        assert_eq!(multiply([1, 2, 0], a, b), [0, 0].map(&of));
+        assert!(multiply([0, 2, 3], a, b).is_empty());
     }
 
     #[test]
@@ -181,5 +176,47 @@ mod tests {
         check(|i| i as i8);
         check(|i| i as u8);
         check(i64::from);
+    }
+
+    /// Small integers, whose sums `f32` holds exactly in any order.
+    fn numbers(count: usize, step: usize) -> Vec<f32> {
+        (0..count).map(|i| (i * step % 7) as f32 - 3.0).collect()
+    }
+
+    proptest! {
+        /// Across the borders of tiles, panels and blocks, with either side stored by rows or by columns.
+        #[test]
+        fn matches_the_sum_it_stands_for(
+            m in prop_oneof![1usize..40, 140usize..150], n in prop_oneof![1usize..80, 1020usize..1060],
+            k in prop_oneof![1usize..20, 250usize..260], by_columns in any::<[bool; 2]>(), threads in 1usize..4,
+        ) {
+            let (a, b) = (numbers(m * k, 3), numbers(k * n, 5));
+            let matrix = |data, rows: usize, columns: usize, by_columns| {
+                if by_columns { Matrix::packed(data, rows).transposed() } else { Matrix::packed(data, columns) }
+            };
+            let (a, b) = (matrix(&a, m, k, by_columns[0]), matrix(&b, k, n, by_columns[1]));
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let c = pool.install(|| multiply([m, n, k], a, b));
+            // A sample of the elements: all would take longer than the product.
+            for at in (0..m * n).step_by(1 + m * n / 500).chain([m * n - 1]) {
+                let (row, column) = (at / n, at % n);
+                let expected: f32 = (0..k)
+                    .map(|d| a.data[row * a.rows + d * a.columns] * b.data[d * b.rows + column * b.columns])
+                    .sum();
+                prop_assert_eq!(c[at], expected, "row {} column {}", row, column);
+            }
+        }
+    }
+
+    #[test]
+    fn threads_do_not_change_a_bit() {
+        let numbers = |count: usize| (0..count).map(|i| (i as f32 * 0.37).sin()).collect::<Vec<_>>();
+        let (a, b) = (numbers(100 * 600), numbers(600 * 300));
+        let run = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| multiply([100, 300, 600], Matrix::packed(&a, 600), Matrix::packed(&b, 300)))
+        };
+        let alone = run(1);
+        assert!([2, 3, 7].into_iter().all(|threads| run(threads) == alone));
     }
 }

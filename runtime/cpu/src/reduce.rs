@@ -94,6 +94,7 @@ fn reduce_values<T: Number>(combine: Combine, shape: [usize; 3], x: &[T], y: &mu
 const PARTS: usize = 8;
 
 /// The largest or smallest of a row.
+#[inline(always)]
 pub(crate) fn extremum<T: Number>(combine: Combine, row: &[T]) -> T {
     let mut parts = [T::identity(combine); PARTS];
     let chunks = row.chunks_exact(PARTS);

@@ -1,10 +1,12 @@
 //! Softmax and its logarithm.
 
 use planfile::op::Combine;
+use rayon::prelude::*;
 
 use crate::error::CpuError;
-use crate::number::{Float, with_float};
+use crate::number::{Float, sum, with_float};
 use crate::reduce::extremum;
+use crate::simd::vectorised;
 use crate::view::{View, ViewMut, read, sizes, split_at_axis, write};
 
 /// `exp(x - max) / sum exp(x - max)` along `axis`; the sum in `f64`. NaN, or nothing but negative infinity, gives NaN.
@@ -13,39 +15,43 @@ pub(crate) fn softmax(axis: usize, log: bool, x: &View<'_>, result: &mut ViewMut
     with_float!("softmax", x.ty.dtype, T => {
         let x = read::<T>(x)?;
         write(result, |y| {
-            y.copy_from_slice(&x);
             if inner == 1 {
-                y.chunks_exact_mut(length).for_each(|row| normalise(log, row));
+                let rows = y.par_chunks_exact_mut(length).zip(x.par_chunks_exact(length));
+                rows.with_min_len(ROWS).for_each(|(y, x)| {
+                    y.copy_from_slice(x);
+                    normalise(log, y);
+                });
                 return Ok(());
             }
-            let mut row = vec![0.0; length];
-            for block in y.chunks_exact_mut(length * inner) {
+            let blocks = y.par_chunks_exact_mut(length * inner).zip(x.par_chunks_exact(length * inner));
+            blocks.for_each(|(y, x)| {
+                let mut row = vec![0.0; length];
                 for column in 0..inner {
-                    row.iter_mut().zip(block[column..].iter().step_by(inner)).for_each(|(to, &from)| *to = from);
+                    row.iter_mut().zip(x[column..].iter().step_by(inner)).for_each(|(to, &from)| *to = from);
                     normalise(log, &mut row);
-                    block[column..].iter_mut().step_by(inner).zip(&row).for_each(|(to, &from)| *to = from);
+                    y[column..].iter_mut().step_by(inner).zip(&row).for_each(|(to, &from)| *to = from);
                 }
-            }
+            });
             Ok(())
         })
     })
 }
 
-fn normalise<T: Float>(log: bool, row: &mut [T]) {
-    let max = extremum(Combine::Max, row);
-    if log {
-        let sum: f64 = row.iter().map(|&x| (x - max).exp().to_sum()).sum();
-        let log_sum = T::from_f64(sum.ln());
-        row.iter_mut().for_each(|x| *x = *x - max - log_sum);
-        return;
+/// Rows that a thread takes at least.
+const ROWS: usize = 16;
+
+vectorised! {
+    fn normalise<T: Float>(log: bool, row: &mut [T]) {
+        let max = extremum(Combine::Max, row);
+        if log {
+            let log_sum = T::from_f64(sum(row, |x| (x - max).exp().to_sum()).ln());
+            row.iter_mut().for_each(|x| *x = *x - max - log_sum);
+            return;
+        }
+        row.iter_mut().for_each(|x| *x = (*x - max).exp());
+        let scale = 1.0 / sum(row, |x| x.to_sum());
+        row.iter_mut().for_each(|x| *x = T::from_f64(x.to_sum() * scale));
     }
-    let mut sum = 0.0;
-    for x in row.iter_mut() {
-        *x = (*x - max).exp();
-        sum += x.to_sum();
-    }
-    let scale = 1.0 / sum;
-    row.iter_mut().for_each(|x| *x = T::from_f64(x.to_sum() * scale));
 }
 
 #[cfg(test)]

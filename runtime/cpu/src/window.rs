@@ -1,5 +1,7 @@
 //! Windows that slide over the spatial dimensions of convolutions and pools.
 
+use std::ops::Range;
+
 use planfile::op::Window;
 
 /// A window, the sizes it slides over and the positions it takes, per spatial dimension. At least one dimension: a
@@ -60,6 +62,17 @@ pub(crate) struct Run {
     pub(crate) input: usize,
     /// Number of positions.
     pub(crate) length: usize,
+}
+
+/// A run of positions along a row of the output whose source lies inside of the input.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Stretch {
+    /// First position, counted from the start of what was asked for.
+    pub(crate) first: usize,
+    /// One past the last position.
+    pub(crate) end: usize,
+    /// Flat index of the input element that the first one reads.
+    pub(crate) input: usize,
 }
 
 /// Sizes are below 2^31 where the type check bounds them, or those of tensors in memory.
@@ -163,6 +176,66 @@ impl Sliding {
         }
     }
 
+    /// The innermost dimension.
+    pub(crate) fn last(&self) -> SlidingAxis {
+        let none = SlidingAxis { input: 1, output: 1, taps: 1, stride: 1, dilation: 1, low: 0, high: 0 };
+        self.axes.last().copied().unwrap_or(none)
+    }
+
+    /// All dimensions, at least one.
+    pub(crate) fn axes(&self) -> &[SlidingAxis] {
+        &self.axes
+    }
+
+    /// Whether input rows with their padding take little more memory than without: no padding below zero, and the
+    /// window with its gaps is no longer than what it slides over.
+    pub(crate) fn is_compact(&self) -> bool {
+        self.axes.iter().all(|axis| {
+            let padded = axis.input as i64 + axis.low + axis.high;
+            let window = (axis.taps as i64 - 1).saturating_mul(axis.dilation as i64).saturating_add(1);
+            let most = 4 * axis.input as i64 + 64;
+            axis.low >= 0 && axis.high >= 0 && padded <= most && window <= padded
+        })
+    }
+
+    /// Flat index of the first input element of the row that a row of the output reads through a tap, if there is one.
+    #[inline(always)]
+    pub(crate) fn source_row(&self, row: usize, tap: usize) -> Option<usize> {
+        let (mut row, mut tap, mut size, mut input) = (row, tap, self.axes.last()?.input, 0);
+        for axis in self.axes.iter().rev().skip(1) {
+            let source = axis.source(row % axis.output, tap % axis.taps);
+            let source = usize::try_from(source).ok().filter(|&source| source < axis.input)?;
+            input += source * size;
+            size *= axis.input;
+            row /= axis.output;
+            tap /= axis.taps;
+        }
+        Some(input)
+    }
+
+    /// The parts of a range of flat output positions that meet the input through one tap.
+    #[inline(always)]
+    pub(crate) fn for_each_run_within(&self, tap: usize, positions: Range<usize>, mut visit: impl FnMut(Stretch)) {
+        let Some(last) = self.axes.last().filter(|last| last.output > 0) else { return };
+        let (outer, inner) = (tap / last.taps, tap % last.taps);
+        let (first, end) = last.inside(inner);
+        let mut start = positions.start;
+        while start < positions.end {
+            let row = start / last.output;
+            let row_start = row * last.output;
+            let next = positions.end.min(row_start + last.output);
+            let (from, to) = (start.max(row_start + first), next.min(row_start + end));
+            if from < to
+                && let Some(input) = self.source_row(row, outer)
+            {
+                // Inside of the input, so not negative.
+                let input = input + last.source(from - row_start, inner).cast_unsigned() as usize;
+                visit(Stretch { first: from - positions.start, end: to - positions.start, input });
+            }
+            start = next;
+        }
+    }
+
     /// Number of taps that meet the input at each output position; with `pads`, the padding counts as input.
     pub(crate) fn counts(&self, pads: bool) -> Vec<usize> {
         let mut counts = vec![1];
@@ -202,6 +275,33 @@ mod tests {
         assert_eq!(pairs, expected);
         assert_eq!(sliding.counts(false), [4, 6, 4, 6, 2, 3]);
         assert_eq!(sliding.counts(true), [6; 6]);
+    }
+
+    /// Runs within ranges name the same pairs of taps and positions as whole runs do.
+    #[test]
+    fn runs_within_ranges_agree_with_whole_ones() {
+        let window = Window {
+            sizes: vec![2, 2, 3],
+            strides: vec![1, 2, 2],
+            dilations: vec![2, 1, 1],
+            pads: vec![(1, 0), (0, 1), (2, 1)],
+        };
+        let sliding = Sliding::new(&window, &[4, 5, 6], &[3, 3, 4]);
+        let (mut runs, mut parts) = (Vec::new(), Vec::new());
+        sliding.for_each_run(|run| {
+            runs.extend((0..run.length).map(|i| (run.tap, run.output + i, run.input + i * sliding.step())));
+        });
+        for tap in 0..sliding.taps() {
+            for start in (0..sliding.output()).step_by(7) {
+                sliding.for_each_run_within(tap, start..sliding.output().min(start + 7), |run| {
+                    let positions = (run.first..run.end).enumerate();
+                    parts.extend(positions.map(|(i, at)| (tap, start + at, run.input + i * sliding.step())));
+                });
+            }
+        }
+        runs.sort_unstable();
+        assert!(runs.len() > 100);
+        assert_eq!(parts, runs);
     }
 
     #[test]

@@ -77,7 +77,8 @@ impl From<RuntimeError> for Failure {
             | RuntimeError::InputDType { .. }
             | RuntimeError::InputShape { .. }
             | RuntimeError::PinnedInput { .. }
-            | RuntimeError::Memory { .. } => Exit::Invalid,
+            | RuntimeError::Memory { .. }
+            | RuntimeError::Threads { .. } => Exit::Invalid,
         };
         Self::new(exit, error)
     }

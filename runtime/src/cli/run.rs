@@ -1,6 +1,7 @@
 //! Runs a plan on given data and says what came out, and how far from a reference it is.
 
 use std::collections::BTreeMap;
+use std::num::NonZero;
 use std::path::Path;
 use std::time::Instant;
 
@@ -102,7 +103,7 @@ pub fn choose_entry<'a>(session: &'a Session, name: Option<&str>) -> Result<&'a 
     }
 }
 
-/// Loads a plan, runs an entry once and compares. Outputs are also written to the archive `save` if there is one.
+/// Loads a plan, runs an entry once and compares. `threads` is by virtual device; `None` shares the cores. Outputs are also written to the archive `save` if there is one.
 ///
 /// # Errors
 /// A plan, input or file at fault. Being beyond the tolerance is no error here: see [`RunReport::exit`].
@@ -112,18 +113,17 @@ pub fn run(
     data: Data<'_>,
     save: Option<&Path>,
     tolerance: Tolerance,
+    threads: Option<NonZero<usize>>,
 ) -> Result<RunReport, Failure> {
-    let bytes = file.plan().manifest.weight_arena_bytes.iter().fold(0u64, |sum, &bytes| sum.saturating_add(bytes));
-    let bar = bytes_bar("loading weights", bytes);
-    let session = Session::load_file(file, Devices::Virtual, |done| bar.set_position(done))?;
-    bar.finish_and_clear();
+    let session = load(file)?;
     let entry = choose_entry(&session, entry)?;
-    let (inputs, references, kind) = match data {
-        Data::Random => (random_inputs(entry, RANDOM_SEED)?, &[][..], "random"),
-        Data::Npz(path) => (read_npz(path)?, &[][..], "npz"),
-        Data::TestData(data) => (by_name(entry, data)?, &data.outputs[..], "test data"),
+    let inputs = given_inputs(entry, data)?;
+    let (references, kind) = match data {
+        Data::Random => (&[][..], "random"),
+        Data::Npz(_) => (&[][..], "npz"),
+        Data::TestData(data) => (&data.outputs[..], "test data"),
     };
-    let mut context = session.context()?;
+    let mut context = session.context_with_threads(threads.unwrap_or_else(|| session.default_threads()))?;
     let start = Instant::now();
     let outputs = context.run(&entry.name, &inputs)?;
     let seconds = start.elapsed().as_secs_f64();
@@ -135,6 +135,24 @@ pub fn run(
     };
     let outputs = outputs.iter().enumerate().map(report).collect();
     Ok(RunReport { entry: entry.name.clone(), inputs: kind, seconds, outputs })
+}
+
+/// Loads a plan, with a progress bar.
+pub(super) fn load(file: PlanFile) -> Result<Session, Failure> {
+    let bytes = file.plan().manifest.weight_arena_bytes.iter().fold(0u64, |sum, &bytes| sum.saturating_add(bytes));
+    let bar = bytes_bar("loading weights", bytes);
+    let session = Session::load_file(file, Devices::Virtual, |done| bar.set_position(done))?;
+    bar.finish_and_clear();
+    Ok(session)
+}
+
+/// What a run works on, by input name.
+pub(super) fn given_inputs(entry: &PlanEntry, data: Data<'_>) -> Result<BTreeMap<String, Tensor>, Failure> {
+    match data {
+        Data::Random => Ok(random_inputs(entry, RANDOM_SEED)?),
+        Data::Npz(path) => Ok(read_npz(path)?),
+        Data::TestData(data) => by_name(entry, data),
+    }
 }
 
 /// Test data under the names of the entry's inputs.
