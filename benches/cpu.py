@@ -3,8 +3,8 @@
 
     python3 benches/cpu.py [--threads 1 2] [--runs 20] [--rounds 3] [--models FOLDER] [NAME ...]
 
-Each model runs in both programs by turns, round after round, so that what else the machine does falls on both; the
-median over all runs counts. Outputs are compared first, on the same random inputs. Needs `onnx`, `onnxruntime`, `numpy`
+Each model runs in both programs by turns, round after round, so that what else the machine does falls on both; of
+each, the median of the rounds' medians counts. Outputs are compared first, on the same random inputs. Needs `onnx`, `onnxruntime`, `numpy`
 and the release build. ResNet-50 and BERT-base are written by `benches/models.py`, PP-OCR's detector comes from
 `fixtures/fetch.py`.
 """
@@ -126,7 +126,7 @@ def main():
             for threads in arguments.threads:
                 ours, peer = [], []
                 for _ in range(arguments.rounds):
-                    peer += peer_times(path, threads, inputs, arguments.runs)
+                    peer.append(statistics.median(peer_times(path, threads, inputs, arguments.runs)))
                     ours.append(our_median(plan, npz, threads, arguments.runs))
                 mine, theirs = statistics.median(ours), statistics.median(peer)
                 row = f"{name:<12}{threads:>8}{mine * 1e3:>10.1f}{theirs * 1e3:>10.1f}{mine / theirs:>8.2f}"

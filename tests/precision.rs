@@ -64,18 +64,14 @@ fn models_in_half_types_are_near_their_references() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.plan");
     let mut failures = Vec::new();
-    for name in [
-        "tiny_bert",
-        "tiny_bert.op23",
-        "tiny_gpt2",
-        "tiny_llama",
-        "tiny_llama.op23",
-        "tiny_llama_decode",
-        "tiny_mixtral",
-        "tiny_resnet",
-        "tiny_resnet.noopt",
-        "tiny_vit",
-    ] {
+    let folders = fs::read_dir(fixture("")).unwrap().map(|entry| entry.unwrap().path());
+    let mut names: Vec<String> = folders
+        .filter(|folder| folder.join("model.onnx").exists())
+        .map(|folder| folder.file_name().unwrap().to_string_lossy().into_owned())
+        .collect();
+    names.sort();
+    assert!(names.len() > 10, "{names:?}");
+    for name in &names {
         let data = TestData::read(&fixture(name).join("test_data_set_0")).unwrap();
         for (dtype, tolerance) in TOLERANCES {
             for mesh in ["1", "tensor=2", "data=2"] {
@@ -86,7 +82,7 @@ fn models_in_half_types_are_near_their_references() {
                 // A token that two experts suit alike may be routed to the other one by the rounding of bf16.
                 let routed = name == "tiny_mixtral" && dtype == DType::BF16;
                 let allowed = if routed { errors.len() / 8 } else { 0 };
-                if beyond > allowed {
+                if beyond > allowed || errors[0] > 0.5 {
                     failures.push(format!("{name} {dtype} {mesh}: {:.2e}, {beyond} rows", errors[0]));
                 }
             }

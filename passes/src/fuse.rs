@@ -4,7 +4,8 @@
 //!         %y = pointwise %h {max($0, 0.0)}
 //!
 //! Each element is computed once, so a node is merged only where one other node reads it, as many elements as it
-//! makes. No bit of a result changes: an expression that is spliced into another keeps its roundings.
+//! makes. No bit of a result changes: an expression that is spliced into another keeps its roundings. What reads a
+//! state stays where it is, since the state may be written before the reader runs.
 
 use std::sync::Arc;
 
@@ -56,7 +57,9 @@ fn merged(graph: &Graph, node: &Node, reads: &[u32]) -> Option<Node> {
             let ValueDef::Node(id, _) = graph.value(operand).def else { return None };
             let producer = graph.node(id);
             match &producer.op {
-                Op::Pointwise { expr, dims: same } if same == dims && reads[operand.index()] == 1 => {
+                Op::Pointwise { expr, dims: same }
+                    if same == dims && reads[operand.index()] == 1 && !reads_state(graph, producer) =>
+                {
                     Some((expr, producer))
                 }
                 _ => None,
@@ -65,8 +68,11 @@ fn merged(graph: &Graph, node: &Node, reads: &[u32]) -> Option<Node> {
         .collect();
     // One after the other, as long as the whole stays small.
     let mut splice = Splice::new(expr, node);
-    for (operand, producer) in (0u16..).zip(&producers) {
+    for (&operand, producer) in node.operands.iter().zip(&producers) {
         let Some((expr, producer)) = producer else { continue };
+        if splice.taken.iter().any(|taken| taken.0 == operand) {
+            continue;
+        }
         if let Some(next) = splice.with(operand, expr, producer) {
             splice = next;
         }
@@ -74,13 +80,18 @@ fn merged(graph: &Graph, node: &Node, reads: &[u32]) -> Option<Node> {
     (!splice.taken.is_empty()).then(|| splice.finish(node))
 }
 
+/// Whether the node reads what another may write before its own reader runs.
+fn reads_state(graph: &Graph, node: &Node) -> bool {
+    node.operands.iter().any(|&operand| matches!(graph.value(operand).def, ValueDef::State(_)))
+}
+
 /// An expression, some of whose operands are expressions themselves.
 #[derive(Clone)]
 struct Splice<'a> {
     expr: &'a Expr,
     node: &'a Node,
-    /// Operand numbers and what computes them.
-    taken: Vec<(u16, &'a Expr, &'a Node)>,
+    /// Operands and what computes them.
+    taken: Vec<(ValueId, &'a Expr, &'a Node)>,
 }
 
 impl<'a> Splice<'a> {
@@ -89,7 +100,7 @@ impl<'a> Splice<'a> {
     }
 
     /// With one more operand computed; `None` when that is too much.
-    fn with(&self, operand: u16, expr: &'a Expr, producer: &'a Node) -> Option<Self> {
+    fn with(&self, operand: ValueId, expr: &'a Expr, producer: &'a Node) -> Option<Self> {
         let mut next = self.clone();
         next.taken.push((operand, expr, producer));
         let (ops, operands) = next.write()?;
@@ -115,8 +126,9 @@ impl<'a> Splice<'a> {
                 ops.push(op.clone());
                 continue;
             };
-            let Some(position) = self.taken.iter().position(|taken| taken.0 == index) else {
-                ops.push(ExprOp::Operand(number(&mut operands, *self.node.operands.get(usize::from(index))?)?));
+            let value = *self.node.operands.get(usize::from(index))?;
+            let Some(position) = self.taken.iter().position(|taken| taken.0 == value) else {
+                ops.push(ExprOp::Operand(number(&mut operands, value)?));
                 continue;
             };
             if let Some(slot) = kept[position] {
@@ -136,8 +148,8 @@ impl<'a> Splice<'a> {
                 });
             }
             free += slots(expr);
-            let again = self.expr.ops.iter().filter(|op| **op == ExprOp::Operand(index)).count() > 1;
-            if again {
+            let reads_it = |op: &&ExprOp| matches!(op, ExprOp::Operand(index) if self.node.operands.get(usize::from(*index)) == Some(&value));
+            if self.expr.ops.iter().filter(reads_it).count() > 1 {
                 let slot = u8::try_from(free).ok()?;
                 ops.push(ExprOp::Set(slot));
                 kept[position] = Some(slot);
@@ -213,7 +225,7 @@ mod tests {
         let mut fused = parse_lines(
             "%x: f32[3]
              %h = pointwise %x {exp($0)}
-             %y = pointwise %h {$0 * $0 + $0}
+             %y = pointwise %h, %h {$0 * $1 + $0}
              return %y",
         )
         .unwrap();

@@ -5,8 +5,9 @@
 //!           {tanh($0 + $1)}                              {bf16(tanh(f32($0) + $1))}
 //!
 //! Half types are for memory and for products; arithmetic is in `f32`:
-//! - Products (`dot`, `conv`, `attention`) read the half type, accumulate in `f32`, and round their result once; a result
-//!   that only `f32` wants, such as logits that leave the model, is not rounded at all.
+//! - Products (`dot`, `conv`, `attention`) read the half type, accumulate in `f32`, and round their result; that of a
+//!   `dot` that only `f32` wants, such as logits that leave the model, is not rounded at all. Where sharding splits what
+//!   a product sums over, each rank rounds its term, and their combination is rounded again.
 //! - An expression computes in `f32` whatever it reads, and rounds at most once, when it stores. It stores `f32` when it
 //!   reads a value that is kept in `f32`, has a constant that the half type cannot hold, or only `f32` is wanted of it:
 //!   norms and softmax that exporters spell out stay in `f32` up to the next product.

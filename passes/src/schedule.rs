@@ -73,6 +73,14 @@ pub fn absorbed(graph: &Graph) -> Vec<bool> {
         });
         absorbed[index] &= product || absorbed.get(*reader) == Some(&true);
     }
+    // What follows a link that is not part of a chain is not, either.
+    for (index, node) in graph.nodes.iter().enumerate() {
+        if let (true, Some(&operand)) = (absorbed[index], node.operands.first())
+            && let ValueDef::Node(before, _) = graph.value(operand).def
+        {
+            absorbed[index] = absorbed[before.index()];
+        }
+    }
     absorbed
 }
 
@@ -206,6 +214,53 @@ mod tests {
         arena.give(b, 512);
         assert_eq!(arena.take(700).unwrap(), 0);
         assert_eq!(arena.top, 1024);
+    }
+
+    #[track_caller]
+    fn check_absorbed(text: &str, expected: &[bool]) {
+        let module = ir::text::parse_lines(text).unwrap();
+        assert_eq!(absorbed(&module.graphs[0]), expected);
+    }
+
+    #[test]
+    fn chains_from_a_weight_to_a_product_are_absorbed() {
+        check_absorbed(
+            "%x: f32[4, 8]
+             %w: f32[6, 8] = weight file 0 at 0
+             %t = transpose %w [1, 0]
+             %s: f32[8, 4] = slice %t {starts [0, 1], steps [1, 1]}
+             %y = dot %x, %s {contract [1]x[0]}
+             return %y",
+            &[true, true, false],
+        );
+    }
+
+    #[test]
+    fn a_chain_with_other_readers_is_not() {
+        // The transposed weight is read twice: what follows it must not be part of a kernel that would keep reading it.
+        check_absorbed(
+            "%x: f32[4, 8]
+             %w: f32[6, 8] = weight file 0 at 0
+             %t = transpose %w [1, 0]
+             %a: f32[8, 3] = slice %t {starts [0, 0], steps [1, 1]}
+             %b: f32[8, 3] = slice %t {starts [0, 3], steps [1, 1]}
+             %y = dot %x, %a {contract [1]x[0]}
+             %z = dot %x, %b {contract [1]x[0]}
+             return %y, %z",
+            &[false; 5],
+        );
+        let leaves = "%x: f32[4, 8]
+             %w: f32[6, 8] = weight file 0 at 0
+             %t = transpose %w [1, 0]
+             %y = dot %x, %t {contract [1]x[0]}
+             return %y, %t";
+        check_absorbed(leaves, &[false, false]);
+        let left_side = "%x: f32[4, 8]
+             %w: f32[8, 6] = weight file 0 at 0
+             %t = transpose %w [1, 0]
+             %y = dot %t, %x {contract [1]x[1]}
+             return %y";
+        check_absorbed(left_side, &[false, false]);
     }
 
     #[test]

@@ -9,8 +9,8 @@ use std::io::{BufReader, BufWriter, Read, Seek, Write};
 use std::path::Path;
 
 use npyz::npz::{NpzArchive, NpzWriter};
-use npyz::zip::CompressionMethod;
 use npyz::zip::write::FileOptions;
+use npyz::zip::{CompressionMethod, DateTime};
 use npyz::{Endianness, NpyHeader, Order, TypeChar, WriterBuilder};
 use planfile::{DType, Tensor, TensorType};
 
@@ -178,8 +178,10 @@ pub fn write_npz<'a>(
 fn write_archive<'a>(file: &mut File, tensors: impl IntoIterator<Item = (&'a str, &'a Tensor)>) -> std::io::Result<()> {
     let mut buffered = BufWriter::new(file);
     let mut writer = NpzWriter::new(&mut buffered);
+    // The same time in every archive: the same tensors are the same bytes.
+    let options = FileOptions::default().last_modified_time(DateTime::default());
+    let options = options.compression_method(CompressionMethod::Stored).large_file(true);
     for (name, tensor) in tensors {
-        let options = FileOptions::default().compression_method(CompressionMethod::Stored).large_file(true);
         let entry = npyz::npz::file_name_from_array_name(name);
         writer.zip_writer().start_file(entry, options)?;
         let header = header(&tensor.ty)?;
@@ -225,6 +227,15 @@ mod tests {
         tensors.insert("empty".to_owned(), Tensor::from_elements::<i64>(&[0, 4], &[]).unwrap());
         write_npz(&path, tensors.iter().map(|(name, tensor)| (name.as_str(), tensor))).unwrap();
         assert_eq!(read_npz(&path).unwrap(), tensors);
+    }
+
+    #[test]
+    fn archives_do_not_say_when_they_were_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.npz");
+        write_npz(&path, [("x", &sample(DType::F32))]).unwrap();
+        // Time and date in the header of the first entry: the first moment that the format knows.
+        assert_eq!(std::fs::read(&path).unwrap()[10..14], [0, 0, 0x21, 0]);
     }
 
     #[test]

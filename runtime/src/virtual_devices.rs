@@ -1,4 +1,4 @@
-//! Virtual devices: one thread per rank executes its programs step by step on host memory.
+//! Virtual devices: each rank executes its programs step by step on host memory, with threads of its own.
 //!
 //! Issue order satisfies every edge of a verified program, so streams and waits need no attention here. Combinations
 //! are made in the order of the group, once, so all ranks hold the same bits, in every run.
@@ -17,7 +17,7 @@ use crate::memory::Memory;
 use crate::pieces::{Part, is_repeated};
 use crate::spec::run_spec;
 
-/// Runs an entry on all ranks. `inputs` are whole tensors in the order of the entry's ports, of their types; `arenas` and
+/// Runs an entry on all ranks. `inputs` are whole tensors in the order of the entry's ports, of their types; `devices` and
 /// `weights` are by rank. The outputs are whole tensors in the order of the ports.
 ///
 /// # Errors

@@ -77,9 +77,7 @@ struct Rule<'a, T: Clone> {
 
 fn run<T: Float + Product>(shape: &Shape, rule: &Rule<'_, T>, q: &[T], k: &[T], v: &[T], y: &mut [T]) {
     let (keys, features, values) = (shape.keys, shape.features, shape.values);
-    let blocks = shape.queries.div_ceil(ROWS);
-    let run = |at: usize, y: &mut [T]| {
-        let (head, first) = (at / blocks, at % blocks * ROWS);
+    let run = |head: usize, first: usize, y: &mut [T]| {
         // Batches have all their groups in order, so heads over heads per group number the groups of all batches.
         let group = head / shape.heads_per_group;
         let rows = y.len() / values;
@@ -100,7 +98,7 @@ fn run<T: Float + Product>(shape: &Shape, rule: &Rule<'_, T>, q: &[T], k: &[T], 
     };
     let heads = y.par_chunks_exact_mut(shape.queries * values).enumerate();
     heads.for_each(|(head, y)| {
-        y.par_chunks_mut(ROWS * values).enumerate().for_each(|(block, y)| run(head * blocks + block, y));
+        y.par_chunks_mut(ROWS * values).enumerate().for_each(|(block, y)| run(head, block * ROWS, y));
     });
 }
 

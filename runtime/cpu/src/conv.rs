@@ -40,7 +40,7 @@ pub(crate) fn conv(
     })
 }
 
-/// As [`conv`] in `f32` with one group and not transposed, with weights of type `w` in panels.
+/// As [`conv`] in `f32` with one group and not transposed, with weights in panels.
 pub(crate) fn conv_panels(
     window: &Window,
     x: &View<'_>,
@@ -59,6 +59,7 @@ pub(crate) fn conv_panels(
     }
     Ok(())
 }
+
 /// Sizes of one group of channels of one image.
 struct Shape {
     inputs: usize,
@@ -254,6 +255,30 @@ mod tests {
             }
             assert_eq!(y.elements::<f32>().unwrap(), &expected, "{window:?}");
         }
+    }
+
+    /// Such sizes pass the type check, and must not take memory in proportion to their product.
+    #[test]
+    fn wide_steps_and_wide_padding_take_little_memory() {
+        let window = |taps: u64, strides: [u64; 2], dilation: u64, pads: (i64, i64)| Window {
+            sizes: vec![taps; 2],
+            strides: strides.to_vec(),
+            dilations: vec![dilation; 2],
+            pads: vec![pads; 2],
+        };
+        let run = |window: Window, x: &[u64], w: &[u64]| {
+            let ones = |sizes: &[u64]| {
+                Tensor::from_elements(sizes, &vec![1f32; sizes.iter().product::<u64>() as usize]).unwrap()
+            };
+            let op = Op::Conv { window, groups: 1, transposed: false, output_pads: vec![0; 2] };
+            let y = evaluate(&op, &[&ones(x), &ones(w)]).unwrap().remove(0);
+            (y.ty.sizes(), y.elements::<f32>().unwrap()[0])
+        };
+        let far = window(1, [1, (1 << 31) - 1], 1, (0, 0));
+        assert_eq!(run(far, &[1, 1, 1000, 4], &[1, 1, 1, 1]), (vec![1, 1, 1000, 1], 1.0));
+        // One of four taps meets each channel's only element: padded planes would be thousands of times as large.
+        let padded = window(2, [1, 1], 67, (67, 0));
+        assert_eq!(run(padded, &[1, 4096, 1, 1], &[1, 4096, 2, 2]), (vec![1, 1, 1, 1], 4096.0));
     }
 
     proptest! {

@@ -48,7 +48,7 @@ pub(crate) fn tanh(x: f32) -> f32 {
     for coefficient in [-1_382.0 / 155_925.0, 62.0 / 2835.0, -17.0 / 315.0, 2.0 / 15.0, -1.0 / 3.0] {
         series = series * square + coefficient;
     }
-    let near = x + x * square * series;
+    let near = x * (1.0 + square * series);
     let far = 1.0 - 2.0 / (1.0 + exp(2.0 * magnitude));
     let far = if x < 0.0 { -far } else { far };
     if magnitude < 0.4 { near } else { far }
@@ -114,6 +114,7 @@ mod tests {
         assert!((exp(-100.0) / 3.78e-44 - 1.0).abs() < 0.03, "{}", exp(-100.0));
         assert_eq!([sigmoid(f32::NEG_INFINITY), sigmoid(0.0), sigmoid(f32::INFINITY)], [0.0, 0.5, 1.0]);
         assert_eq!([tanh(f32::NEG_INFINITY), tanh(0.0), tanh(f32::INFINITY)], [-1.0, 0.0, 1.0]);
+        assert!([tanh, erf].iter().all(|function| function(-0.0).to_bits() == (-0.0f32).to_bits()));
         assert_eq!([erf(f32::NEG_INFINITY), erf(0.0), erf(f32::INFINITY)], [-1.0, 0.0, 1.0]);
         assert!([exp, sigmoid, tanh, erf].iter().all(|function| function(f32::NAN).is_nan()));
     }

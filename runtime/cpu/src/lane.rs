@@ -276,7 +276,17 @@ macro_rules! float_lane {
     };
 }
 float_lane!(f32, float_math::exp, float_math::tanh, float_math::sigmoid, float_math::erf);
-float_lane!(f64, f64::exp, f64::tanh, |x: f64| 1.0 / (1.0 + (-x).exp()), libm::erf);
+float_lane!(
+    f64,
+    f64::exp,
+    f64::tanh,
+    |x: f64| {
+        // The exponential of a number that is not positive cannot overflow.
+        let small = (-x.abs()).exp();
+        if x < 0.0 { small / (1.0 + small) } else { 1.0 / (1.0 + small) }
+    },
+    libm::erf
+);
 
 #[cfg(test)]
 mod tests {

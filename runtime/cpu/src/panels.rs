@@ -16,7 +16,7 @@ use crate::{conv, dot};
 pub(crate) const ROWS: usize = 12;
 /// Columns of a panel of the right side, likewise.
 pub(crate) const COLUMNS: usize = 32;
-/// Smaller weights are packed faster than a plan is read.
+/// Fewer elements are not worth a layout of their own.
 const WORTH_IT: u64 = 1 << 12;
 
 /// How a weight is brought into panels, and back.
@@ -99,10 +99,7 @@ pub fn execute(spec: &Spec, operands: &[View<'_>], results: &mut [ViewMut<'_>]) 
         return None;
     }
     // The chain from the second operand to the product's.
-    let chain = (1u32..).zip(unpack).all(|(position, node)| {
-        let before = if position == 1 { 1 } else { position };
-        node.operands == [before]
-    });
+    let chain = (1u32..).zip(unpack).all(|(before, node)| node.operands == [before]);
     let last = unpack.len() as u32 + 1;
     if !chain || node.operands != [0, last] || spec.results != [last + 1] {
         return None;

@@ -67,11 +67,17 @@ pub(crate) trait Product: Number {
     /// For each job `c = a · b`, with `a: [m, k]`, `b: [k, n]`, `c: [m, n]` and `size` `[m, n, k]`. An empty
     /// contraction gives zeros.
     fn multiply<R: Right<Self>>(size: [usize; 3], jobs: &mut [Job<'_, Self, R>]);
-    /// Elements that must be readable behind the input of [`Self::multiply_windows`]; `None` where there is no such
-    /// product for the type.
-    fn window_margin() -> Option<usize>;
-    /// For each job `c[i, row, column] = sum over d of a[i, d] · x[offsets[d] + row * pitch + column]`, for `m` rows `i`.
-    fn multiply_windows(m: usize, windows: &Windows, jobs: &mut [WindowJob<'_, Self>]);
+    /// The product over windows, for types that have one.
+    fn windows() -> Option<WindowProduct<Self>>;
+}
+
+/// A product with what windows that move by one read.
+pub(crate) struct WindowProduct<T> {
+    /// Elements that must be readable behind the padded input.
+    pub(crate) margin: usize,
+    /// For each job `c[i, row, column] = sum over d of a[i, d] · x[offsets[d] + row * pitch + column]`, for as many rows
+    /// `i` as the first argument says.
+    pub(crate) multiply: fn(usize, &Windows, &mut [WindowJob<'_, T>]),
 }
 
 /// Handles sizes of 0, for which there is nothing to multiply; true if the products are done.
@@ -91,53 +97,62 @@ macro_rules! float_product {
                 }
             }
 
-            fn window_margin() -> Option<usize> {
-                Some(<$float as microkernel::Tiled>::columns())
-            }
-
-            fn multiply_windows(m: usize, windows: &Windows, jobs: &mut [WindowJob<'_, Self>]) {
-                windows::multiply_windows(m, windows, jobs);
+            fn windows() -> Option<WindowProduct<Self>> {
+                let margin = <$float as microkernel::Tiled>::columns();
+                Some(WindowProduct { margin, multiply: windows::multiply_windows })
             }
         })*
     };
 }
 float_product!(f32, f64);
 
-macro_rules! integer_product {
+macro_rules! integer_products {
     ($($int:ty),*) => {
         $(impl Product for $int {
             fn multiply<R: Right<Self>>(size: [usize; 3], jobs: &mut [Job<'_, Self, R>]) {
                 if !trivial(size, jobs) {
-                    jobs.par_iter_mut().for_each(|job| {
-                        let [_, n, k] = size;
-                        // Rows of one whole panel: elements next to each other make the innermost loop one over slices.
-                        let mut packed = vec![0; k * n];
-                        job.b.pack(0..k, 0..n, n, &mut packed);
-                        job.c.par_chunks_exact_mut(n).enumerate().for_each(|(row, c)| {
-                            let a: Vec<$int> = (0..k).map(|depth| job.a.at(row, depth)).collect();
-                            integer_row(c, &a, &packed);
-                        });
-                    });
+                    jobs.par_iter_mut().for_each(|job| integer_product(size, job));
                 }
             }
 
-            fn window_margin() -> Option<usize> {
+            fn windows() -> Option<WindowProduct<Self>> {
                 None
-            }
-
-            fn multiply_windows(_: usize, _: &Windows, jobs: &mut [WindowJob<'_, Self>]) {
-                // Nobody asks for what there is not.
-                jobs.iter_mut().for_each(|job| job.c.fill(0));
             }
         })*
     };
 }
-integer_product!(u8, u16, u32, u64, i8, i16, i32, i64);
+integer_products!(u8, u16, u32, u64, i8, i16, i32, i64);
+
+/// Elements of the right side that are gathered at once.
+const INTEGER_BLOCK: usize = 1 << 16;
+
+/// Block by block of rows of the right side: sums of integers wrap, so their order does not matter.
+fn integer_product<T: Number, R: Right<T>>([m, n, k]: [usize; 3], job: &mut Job<'_, T, R>) {
+    let Job { a, b, c } = job;
+    c.fill(T::ZERO);
+    let (width, depth) = (n.min(INTEGER_BLOCK), (INTEGER_BLOCK / n).clamp(1, k));
+    let mut block = Vec::new();
+    for column in (0..n).step_by(width) {
+        let columns = column..n.min(column + width);
+        for from in (0..k).step_by(depth) {
+            let depth = from..k.min(from + depth);
+            block.resize(depth.len() * columns.len(), T::ZERO);
+            // Rows of one whole panel: elements next to each other make the innermost loop one over slices.
+            b.pack(depth.clone(), columns.clone(), columns.len(), &mut block);
+            let rows =
+                c.par_chunks_exact_mut(n).take(m).enumerate().with_min_len(INTEGER_BLOCK / block.len().max(1) + 1);
+            rows.for_each_init(Vec::new, |left, (row, c)| {
+                left.clear();
+                left.extend(depth.clone().map(|depth| a.at(row, depth)));
+                integer_row(&mut c[columns.clone()], left, &block);
+            });
+        }
+    }
+}
 
 vectorised! {
-    /// `c = a · b` for one row.
+    /// `c += a · b` for one row.
     fn integer_row<T: Number>(c: &mut [T], a: &[T], b: &[T]) {
-        c.fill(T::ZERO);
         for (&left, b) in a.iter().zip(b.chunks_exact(c.len())) {
             for (c, &right) in c.iter_mut().zip(b) {
                 *c = c.add(left.mul(right));

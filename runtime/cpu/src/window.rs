@@ -187,15 +187,16 @@ impl Sliding {
         &self.axes
     }
 
-    /// Whether input rows with their padding take little more memory than without: no padding below zero, and the
-    /// window with its gaps is no longer than what it slides over.
+    /// Whether one input plane with its padding takes little more memory than without: no padding below zero, not much
+    /// of it, and neither the window with its gaps nor a step of it is longer than what it slides over.
     pub(crate) fn is_compact(&self) -> bool {
-        self.axes.iter().all(|axis| {
+        let fits = |axis: &SlidingAxis| {
             let padded = axis.input as i64 + axis.low + axis.high;
             let window = (axis.taps as i64 - 1).saturating_mul(axis.dilation as i64).saturating_add(1);
-            let most = 4 * axis.input as i64 + 64;
-            axis.low >= 0 && axis.high >= 0 && padded <= most && window <= padded
-        })
+            axis.low >= 0 && axis.high >= 0 && window <= padded && axis.stride as i64 <= padded
+        };
+        let padded = self.axes.iter().map(|axis| axis.input as f64 + axis.low as f64 + axis.high as f64);
+        self.axes.iter().all(fits) && padded.product::<f64>() <= 4.0 * self.input() as f64 + 1024.0
     }
 
     /// Flat index of the first input element of the row that a row of the output reads through a tap, if there is one.

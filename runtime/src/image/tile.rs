@@ -72,7 +72,7 @@ impl<'a> Part<'a> {
         while height < rows_within(TALL_TILE_BYTES) {
             let taller = (height * 2).min(rows_within(TALL_TILE_BYTES));
             let next = self.cost_of_byte(taller)?;
-            if next > 0.8 * cost {
+            if next >= 0.8 * cost {
                 break;
             }
             (height, cost) = (taller, next);

@@ -24,7 +24,7 @@ pub(super) fn convolve<'a, T: Product>(
         [rows, columns] => [*rows, *columns],
         _ => return false,
     };
-    let Some(margin) = T::window_margin() else { return false };
+    let Some(product) = T::windows() else { return false };
     let simple = axes.iter().all(|axis| axis.stride == 1) && shape.sliding.is_compact();
     if !simple || shape.sliding.is_identity() {
         return false;
@@ -32,11 +32,15 @@ pub(super) fn convolve<'a, T: Product>(
     // Padding on both sides is not negative: the window is compact.
     let padded = |axis: &SlidingAxis| axis.input + (axis.low + axis.high).cast_unsigned() as usize;
     let (height, pitch) = (padded(&rows), padded(&columns));
+    // Small planes under wide padding: more would be copied and computed for nothing than gathered.
+    if height * pitch > 3 * shape.input_plane || pitch > 2 * columns.output {
+        return false;
+    }
     let (top, left) = (rows.low.cast_unsigned() as usize, columns.low.cast_unsigned() as usize);
     let plane = height * pitch;
     let planes = x.len() / shape.input_plane;
     // Tiles may read on beyond the last position.
-    let mut copy = vec![T::ZERO; planes * plane + margin];
+    let mut copy = vec![T::ZERO; planes * plane + product.margin];
     copy.par_chunks_exact_mut(plane).zip(x.par_chunks_exact(shape.input_plane)).for_each(|(to, from)| {
         for (row, from) in from.chunks_exact(columns.input).enumerate() {
             to[(top + row) * pitch + left..][..columns.input].copy_from_slice(from);
@@ -56,6 +60,6 @@ pub(super) fn convolve<'a, T: Product>(
     let jobs = y.chunks_exact_mut(shape.outputs * shape.output_plane).enumerate();
     let mut jobs: Vec<WindowJob<'_, T>> =
         jobs.map(|(position, c)| WindowJob { a: weights(position), x: &copy[position * x_size..], c }).collect();
-    T::multiply_windows(shape.outputs, &windows, &mut jobs);
+    (product.multiply)(shape.outputs, &windows, &mut jobs);
     true
 }

@@ -11,6 +11,8 @@ use crate::panels::{COLUMNS as PANEL, ROWS};
 pub(super) const DEPTH: usize = 256;
 /// Columns of a block of `b`: `DEPTH` × `COLUMNS` elements stay in the second cache level.
 const COLUMNS: usize = 1024;
+/// Rows of `a` that are packed at once: whole tiles, and with [`DEPTH`] a part of the second cache level.
+pub(super) const BLOCK_ROWS: usize = 240;
 /// Fewer multiply-adds than this are not worth another thread.
 pub(super) const WORTH_A_THREAD: usize = 1 << 16;
 
@@ -180,37 +182,40 @@ unsafe fn piece<T: Tiled, R: Right<T>>(
                 right.resize(depth.len() * block.len().next_multiple_of(tile_columns), T::ZERO);
                 b.pack(depth.clone(), block.clone(), tile_columns, &mut right);
             }
-            let left = left_block(a, &rows, &depth, tile_rows, columns.len(), &mut left);
             let (packed, in_place) = (Offsets::new(&packed[..depth.len()]), Offsets::new(&in_place[..depth.len()]));
-            // The right side of a tile stays in the first cache level for all rows.
-            for column in block.clone().step_by(tile_columns) {
-                let width = tile_columns.min(block.end - column);
-                let (b, b_rows) = match b.in_place(column, rows.len()) {
-                    Some((data, step)) if whole_tiles(width) => (&data[depth.start * step..], in_place),
-                    // The last columns of rows that are read where they are.
-                    Some(_) => {
-                        right.resize(depth.len() * tile_columns, T::ZERO);
-                        b.pack(depth.clone(), column..block.end, tile_columns, &mut right);
-                        (&right[..], packed)
-                    }
-                    None => (&right[(column - block.start) * depth.len()..], packed),
-                };
-                for row in rows.clone().step_by(tile_rows) {
-                    let count = tile_rows.min(rows.end - row);
-                    let (a, a_rows, a_columns) = left.tile(row);
-                    let tile = Tile { a, a_rows, a_columns, b, b_rows, rows: count };
-                    // SAFETY: the tile lies within the rectangle, as do these columns of each row of it.
-                    let c = unsafe { c.add(row * n + column) };
-                    if width == tile_columns {
-                        // SAFETY: as above.
-                        unsafe { T::tile(tile, c, n, add) };
-                        continue;
-                    }
-                    // SAFETY: `edge` has the size of a whole tile.
-                    unsafe { T::tile(tile, edge.as_mut_ptr(), tile_columns, false) };
-                    for (row, sums) in edge.chunks_exact(tile_columns).take(count).enumerate() {
-                        // SAFETY: as above.
-                        T::merge(unsafe { std::slice::from_raw_parts_mut(c.add(row * n), width) }, sums, add);
+            for first in rows.clone().step_by(BLOCK_ROWS) {
+                let rows_of_block = first..rows.end.min(first + BLOCK_ROWS);
+                let left = left_block(a, &rows_of_block, &depth, tile_rows, columns.len(), &mut left);
+                // The right side of a tile stays in the first cache level for all rows.
+                for column in block.clone().step_by(tile_columns) {
+                    let width = tile_columns.min(block.end - column);
+                    let (b, b_rows) = match b.in_place(column, rows.len()) {
+                        Some((data, step)) if whole_tiles(width) => (&data[depth.start * step..], in_place),
+                        // The last columns of rows that are read where they are.
+                        Some(_) => {
+                            right.resize(depth.len() * tile_columns, T::ZERO);
+                            b.pack(depth.clone(), column..block.end, tile_columns, &mut right);
+                            (&right[..], packed)
+                        }
+                        None => (&right[(column - block.start) * depth.len()..], packed),
+                    };
+                    for row in rows_of_block.clone().step_by(tile_rows) {
+                        let count = tile_rows.min(rows_of_block.end - row);
+                        let (a, a_rows, a_columns) = left.tile(row);
+                        let tile = Tile { a, a_rows, a_columns, b, b_rows, rows: count };
+                        // SAFETY: the tile lies within the rectangle, as do these columns of each row of it.
+                        let c = unsafe { c.add(row * n + column) };
+                        if width == tile_columns {
+                            // SAFETY: as above.
+                            unsafe { T::tile(tile, c, n, add) };
+                            continue;
+                        }
+                        // SAFETY: `edge` has the size of a whole tile.
+                        unsafe { T::tile(tile, edge.as_mut_ptr(), tile_columns, false) };
+                        for (row, sums) in edge.chunks_exact(tile_columns).take(count).enumerate() {
+                            // SAFETY: as above.
+                            T::merge(unsafe { std::slice::from_raw_parts_mut(c.add(row * n), width) }, sums, add);
+                        }
                     }
                 }
             }

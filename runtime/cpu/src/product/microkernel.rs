@@ -224,3 +224,71 @@ impl Tiled for f64 {
         plain_merge(c, sums, add);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    type Kernel = unsafe fn(Tile<'_, f32>, *mut f32, usize, bool);
+
+    /// Kernels that this machine can run, with their most rows and their columns.
+    fn kernels() -> Vec<(&'static str, Kernel, usize, usize)> {
+        let mut kernels: Vec<(&'static str, Kernel, usize, usize)> =
+            vec![("plain", plain::<f32>, PLAIN_ROWS, PLAIN_COLUMNS)];
+        #[cfg(target_arch = "x86_64")]
+        {
+            if isa() >= Isa::Avx2 {
+                // SAFETY: the machine has these instructions; the caller vouches for `c`.
+                let kernel: Kernel = |tile, c, rows, add| unsafe { f32_avx2(tile, c, rows, add) };
+                kernels.push(("avx2", kernel, 6, 16));
+            }
+            if isa() >= Isa::Avx512 {
+                // SAFETY: as above.
+                let kernel: Kernel = |tile, c, rows, add| unsafe { f32_avx512(tile, c, rows, add) };
+                kernels.push(("avx512", kernel, 12, 32));
+            }
+        }
+        kernels
+    }
+
+    #[test]
+    fn every_instruction_set_computes_every_tile() {
+        // Rows of `b` and the left side's panels are as wide as those of packed weights, wider than some tiles.
+        let (depth, wide, tall) = (7, 40, 12);
+        let number = |i: usize, step: usize| (i * step % 11) as f32 - 5.0;
+        let a: Vec<f32> = (0..depth * tall).map(|i| number(i, 3)).collect();
+        let b: Vec<f32> = (0..depth * wide).map(|i| number(i, 7)).collect();
+        let starts: Vec<usize> = (0..depth).rev().map(|d| d * wide + d % 3).collect();
+        for (name, kernel, most, columns) in kernels() {
+            for rows in 1..=most {
+                // Rows next to each other, as in panels, and apart.
+                for (a_rows, a_columns) in [(1, tall), (depth, 1)] {
+                    for add in [false, true] {
+                        let b_rows = Offsets::new(&starts);
+                        let tile = Tile { a: &a, a_rows, a_columns, b: &b, b_rows, rows };
+                        let mut c = vec![100.0; most * (columns + 1)];
+                        // SAFETY: `c` has as many rows as the largest tile.
+                        unsafe { kernel(tile, c.as_mut_ptr(), columns + 1, add) };
+                        for (row, c) in c.chunks_exact(columns + 1).enumerate() {
+                            for (column, &c) in c.iter().enumerate() {
+                                let product = |d: usize| a[row * a_rows + d * a_columns] * b[starts[d] + column];
+                                let sum = || (0..depth).map(product).sum::<f32>() + if add { 100.0 } else { 0.0 };
+                                let expected = if row < rows && column < columns { sum() } else { 100.0 };
+                                assert_eq!(c, expected, "{name}: {rows} rows, row {row}, column {column}");
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "beyond its operands")]
+    fn a_tile_beyond_its_operands_is_refused() {
+        let (a, b, starts) = ([1.0f32; 3], [1.0f32; 64], [0, 48]);
+        let tile = Tile { a: &a, a_rows: 1, a_columns: 1, b: &b, b_rows: Offsets::new(&starts), rows: 3 };
+        // SAFETY: `c` has the size of the largest tile.
+        unsafe { <f32 as Tiled>::tile(tile, [0.0f32; 12 * 32].as_mut_ptr(), 32, false) };
+    }
+}

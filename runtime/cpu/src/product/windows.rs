@@ -6,11 +6,8 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::Left;
-use super::blocked::{DEPTH, Shared, WORTH_A_THREAD, grid, left_block};
+use super::blocked::{BLOCK_ROWS, DEPTH, Shared, WORTH_A_THREAD, grid, left_block};
 use super::microkernel::{Offsets, Tile, Tiled};
-
-/// Rows of `a` that are packed at once: with [`DEPTH`], half of the second cache level.
-const ROWS: usize = 240;
 
 /// What windows read: the element for step `d` of depth at row `i` and column `j` of the output is at
 /// `offsets[d] + i * pitch + j` of the padded input.
@@ -38,7 +35,7 @@ pub(crate) struct WindowJob<'a, T> {
 pub(super) fn multiply_windows<T: Tiled>(m: usize, windows: &Windows, jobs: &mut [WindowJob<'_, T>]) {
     let size = windows.rows * windows.columns;
     let threads = rayon::current_num_threads();
-    let work = m.saturating_mul(size).saturating_mul(windows.offsets.len());
+    let work = m.saturating_mul(windows.rows * windows.pitch).saturating_mul(windows.offsets.len());
     let wanted = threads.min(work.saturating_mul(jobs.len()) / WORTH_A_THREAD).max(1);
     // Bands of whole rows of the output: their columns count with what lies between them.
     let (across, down) = grid(m, windows.rows * windows.pitch, wanted.div_ceil(jobs.len()), T::rows(), windows.pitch);
@@ -86,8 +83,8 @@ unsafe fn piece<T: Tiled>(
     for from in (0..windows.offsets.len()).step_by(DEPTH) {
         let depth = from..windows.offsets.len().min(from + DEPTH);
         let b_rows = Offsets::new(&windows.offsets[depth.clone()]);
-        for block in channels.clone().step_by(ROWS) {
-            let block = block..channels.end.min(block + ROWS);
+        for block in channels.clone().step_by(BLOCK_ROWS) {
+            let block = block..channels.end.min(block + BLOCK_ROWS);
             let left = left_block(a, &block, &depth, tile_rows, positions.len(), &mut left);
             for position in positions.clone().step_by(tile_columns) {
                 for channel in block.clone().step_by(tile_rows) {
