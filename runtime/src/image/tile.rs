@@ -1,4 +1,5 @@
 //! Parts of weights as they lie in the image, cut into tiles: runs of leading rows, so that each is one run of bytes.
+//! Rows that are too large are parts of their own, cut along the next dimension.
 //!
 //! A tile is made of boxes of the weight that its recipe evaluates. What a box costs depends on where its elements lie
 //! in the files: a few rows of a transposed table are a little of every row of its source. There, tiles are taller, and
@@ -11,9 +12,9 @@ use planfile::plan::{Manifest, PlacedWeight, PlanPiece};
 use planfile::types::strides;
 use planfile::{Buffer, Recipe};
 
-/// Bytes of a tile whose source lies as it does, unless a single row is larger.
+/// Bytes of a tile whose source lies as it does.
 const TILE_BYTES: u64 = 16 << 20;
-/// Most bytes of a tile whose source lies otherwise, unless a single row is larger.
+/// Most bytes of a tile whose source lies otherwise.
 const TALL_TILE_BYTES: u64 = 256 << 20;
 /// Bytes of a box, so that what lies between reading and result stays in cache.
 const BOX_BYTES: u64 = 1 << 20;
@@ -35,6 +36,10 @@ pub(super) struct Part<'a> {
     runs: Vec<Vec<PlanPiece>>,
     element_bytes: u64,
     bytes: u64,
+    /// The dimension of the rows; those before have one element.
+    lead: usize,
+    /// Bytes of the whole part before this row of it.
+    start: u64,
 }
 
 impl<'a> Part<'a> {
@@ -48,7 +53,15 @@ impl<'a> Part<'a> {
             *runs.get_mut(usize::from(split.dim)).ok_or(Fault::Layout)? = pieces.clone();
         }
         let (local, bytes) = (placed.ty.sizes(), placed.ty.bytes().ok_or(Fault::Layout)?);
-        Ok(Self { recipe: &weight.recipe, local, runs, element_bytes: placed.ty.dtype.bytes() as u64, bytes })
+        Ok(Self {
+            recipe: &weight.recipe,
+            local,
+            runs,
+            element_bytes: placed.ty.dtype.bytes() as u64,
+            bytes,
+            lead: 0,
+            start: 0,
+        })
     }
 
     pub(super) fn bytes(&self) -> u64 {
@@ -56,7 +69,20 @@ impl<'a> Part<'a> {
     }
 
     fn rows(&self) -> u64 {
-        self.local.first().copied().unwrap_or(1)
+        self.local.get(self.lead).copied().unwrap_or(1)
+    }
+
+    /// One row as a part of its own.
+    fn row(&self, row: u64) -> Self {
+        let mut part = self.clone();
+        let within = |run: &&PlanPiece| (run.local..run.local + run.len).contains(&row);
+        let only = |run: &PlanPiece| PlanPiece { global: run.global + (row - run.local), local: 0, len: 1 };
+        part.runs[self.lead] = self.runs[self.lead].iter().find(within).map(only).into_iter().collect();
+        part.local[self.lead] = 1;
+        part.bytes = self.bytes / self.rows();
+        part.lead = self.lead + 1;
+        part.start = self.start + row * part.bytes;
+        part
     }
 
     /// The part from its front to its end; none without elements.
@@ -66,6 +92,10 @@ impl<'a> Part<'a> {
         }
         let rows = self.rows();
         let row_bytes = self.bytes / rows;
+        if row_bytes > TILE_BYTES && self.lead + 1 < self.local.len() {
+            let rows = (0..rows).map(|row| self.row(row).tiles()).collect::<Result<Vec<_>, _>>()?;
+            return Ok(rows.into_iter().flatten().collect());
+        }
         let rows_within = |bytes: u64| (bytes / row_bytes.max(1)).clamp(1, rows);
         let mut height = rows_within(TILE_BYTES);
         let mut cost = self.cost_of_byte(height)?;
@@ -86,7 +116,7 @@ impl<'a> Part<'a> {
     /// What reading the first tile of that height costs, per byte of its result.
     fn cost_of_byte(&self, height: u64) -> Result<f64, Fault> {
         let mut cost = 0.0;
-        for region in boxes(&self.runs, 0, height) {
+        for region in boxes(&self.runs, self.lead, 0, height) {
             cost += self.cost(&region)? as f64;
         }
         Ok(cost / height as f64)
@@ -164,13 +194,14 @@ impl Tile<'_> {
 
     /// Where it begins in the part.
     pub(super) fn offset(&self) -> u64 {
-        self.first * self.row_bytes
+        self.part.start + self.first * self.row_bytes
     }
 
     pub(super) fn make(&self, bytes: &dyn WeightBytes) -> Result<Buffer, Fault> {
         let part = &self.part;
-        let mut tile = Buffer::zeroed(self.bytes() as usize);
-        for pieces in boxes(&part.runs, self.first, self.count) {
+        let memory = || RecipeError::Malformed(format!("{} bytes of a weight do not fit in memory", self.bytes()));
+        let mut tile = Buffer::try_zeroed(self.bytes() as usize).ok_or_else(memory).map_err(Fault::Recipe)?;
+        for pieces in boxes(&part.runs, part.lead, self.first, self.count) {
             let mut cuts = Vec::new();
             if part.recipe.spec.nodes.is_empty() && self.place(&pieces).is_some() {
                 // Read straight into place.
@@ -187,7 +218,8 @@ impl Tile<'_> {
                         let mut dense = Buffer::zeroed(len);
                         read(dense.bytes_mut()).map_err(Fault::Recipe)?;
                         let element = part.element_bytes;
-                        paste(dense.bytes(), tile.bytes_mut(), &pieces, &part.local, self.first, element);
+                        let before = self.first * self.row_bytes / element;
+                        paste(dense.bytes(), tile.bytes_mut(), &pieces, &part.local, before, element);
                     }
                 }
             }
@@ -197,21 +229,22 @@ impl Tile<'_> {
 
     /// Where a box begins in the tile, if it is one run of bytes there.
     fn place(&self, pieces: &[PlanPiece]) -> Option<usize> {
-        let Some((first, rest)) = pieces.split_first() else { return Some(0) };
-        let whole = rest.iter().zip(&self.part.local[1..]).all(|(piece, &size)| piece.local == 0 && piece.len == size);
+        let [first, rest @ ..] = pieces.get(self.part.lead..)? else { return Some(0) };
+        let sizes = &self.part.local[self.part.lead + 1..];
+        let whole = rest.iter().zip(sizes).all(|(piece, &size)| piece.local == 0 && piece.len == size);
         whole.then(|| ((first.local - self.first) * self.row_bytes) as usize)
     }
 }
 
-/// Every combination of one run per dimension, the leading one cut to local rows `first..first + count`.
-fn boxes(runs: &[Vec<PlanPiece>], first: u64, count: u64) -> Vec<Vec<PlanPiece>> {
+/// Every combination of one run per dimension, dimension `lead` cut to local rows `first..first + count`.
+fn boxes(runs: &[Vec<PlanPiece>], lead: usize, first: u64, count: u64) -> Vec<Vec<PlanPiece>> {
     let mut boxes: Vec<Vec<PlanPiece>> = vec![Vec::new()];
     for (dim, runs) in runs.iter().enumerate() {
         let mut extended = Vec::new();
         for prefix in &boxes {
             for run in runs {
                 let (mut start, mut end) = (run.local, run.local + run.len);
-                if dim == 0 {
+                if dim == lead {
                     (start, end) = (start.max(first), end.min(first + count));
                 }
                 if start < end {
@@ -225,8 +258,8 @@ fn boxes(runs: &[Vec<PlanPiece>], first: u64, count: u64) -> Vec<Vec<PlanPiece>>
     boxes
 }
 
-/// Copies a dense box to where it lies in the tile, which begins at local row `first`.
-fn paste(dense: &[u8], tile: &mut [u8], pieces: &[PlanPiece], local: &[u64], first: u64, element: u64) {
+/// Copies a dense box to where it lies in the tile, which begins after `before` elements of the part.
+fn paste(dense: &[u8], tile: &mut [u8], pieces: &[PlanPiece], local: &[u64], before: u64, element: u64) {
     let Some(last) = pieces.last() else {
         tile.copy_from_slice(dense);
         return;
@@ -237,7 +270,7 @@ fn paste(dense: &[u8], tile: &mut [u8], pieces: &[PlanPiece], local: &[u64], fir
     for source in dense.chunks_exact(run.max(1)) {
         let row = |dim: usize| index.get(dim).copied().unwrap_or(0) + pieces[dim].local;
         let offset: u64 = (0..pieces.len()).map(|dim| row(dim) * strides[dim]).sum();
-        let start = ((offset - first * strides[0]) * element) as usize;
+        let start = ((offset - before) * element) as usize;
         tile[start..start + run].copy_from_slice(source);
         for dim in (0..index.len()).rev() {
             index[dim] += 1;
@@ -292,6 +325,8 @@ mod tests {
             runs: runs.to_vec(),
             element_bytes,
             bytes: local[0] * local[1] * element_bytes,
+            lead: 0,
+            start: 0,
         }
     }
 
@@ -323,6 +358,42 @@ mod tests {
         let small = recipe([1500, 1700], true);
         let (bytes, _) = made(part(&small, [1700, 1500], [all(1700), all(1500)], 2));
         assert!(bytes == read_all(&small, &Numbers).unwrap().data.bytes());
+    }
+
+    #[test]
+    fn large_rows_are_cut_along_the_next_dimension() {
+        let sizes = [1u64, 3, 2500, 2000];
+        let ty = TensorType::new(DType::F32, &sizes);
+        let whole = Recipe::source(ty.clone(), Source::File { file: 0, offset: 0 });
+        let mut doubled = whole.clone();
+        let dims = ty.dims.clone();
+        let sum = Expr::operand(0).binary(planfile::Binary::Add, Expr::operand(0));
+        doubled.spec = Spec::of(Op::Pointwise { expr: sum, dims }, vec![ty]).unwrap();
+        // Of the second and third matrix in this order, all rows but the first: the rest of the part is padding.
+        let runs = [
+            all(1),
+            vec![PlanPiece { global: 2, local: 1, len: 1 }, PlanPiece { global: 1, local: 0, len: 1 }],
+            vec![PlanPiece { global: 1, local: 0, len: 2499 }],
+            all(2000),
+        ];
+        for recipe in [&whole, &doubled] {
+            let part = Part {
+                recipe,
+                local: vec![1, 2, 2500, 2000],
+                runs: runs.to_vec(),
+                element_bytes: 4,
+                bytes: 2 * 2500 * 2000 * 4,
+                lead: 0,
+                start: 0,
+            };
+            let (bytes, largest) = made(part);
+            assert!(largest as u64 <= TILE_BYTES, "{largest}");
+            let elements = read_all(recipe, &Numbers).unwrap();
+            let elements = elements.elements::<f32>().unwrap();
+            let matrix = |number: usize| [&elements[number * 5_000_000 + 2000..][..4_998_000], &[0.0; 2000]].concat();
+            let expected: Vec<u8> = [matrix(1), matrix(2)].concat().iter().flat_map(|x| x.to_le_bytes()).collect();
+            assert!(bytes == expected, "{recipe:?}");
+        }
     }
 
     #[test]
