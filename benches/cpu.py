@@ -4,8 +4,8 @@
     python3 benches/cpu.py [--threads 1 2] [--runs 20] [--rounds 3] [--models FOLDER] [NAME ...]
 
 Each model runs in both programs by turns, round after round, so that what else the machine does falls on both; of
-each, the median of the rounds' medians counts. Outputs are compared first, on the same random inputs. Needs `onnx`, `onnxruntime`, `numpy`
-and the release build. ResNet-50 and BERT-base are written by `benches/models.py`, PP-OCR's detector comes from
+each, the median of the rounds' medians counts. Outputs are compared first, on the same random inputs. Needs `onnx`,
+`onnxruntime`, `numpy` and the release build. ResNet-50 and BERT-base are written by `benches/models.py`, PP-OCR's detector comes from
 `fixtures/fetch.py`.
 """
 

@@ -118,7 +118,7 @@ impl<'a> Splice<'a> {
             });
             u16::try_from(position).ok()
         };
-        let mut free = slots(self.expr);
+        let mut free = self.expr.slots();
         // Where the result of each spliced expression is kept for its second use.
         let mut kept: Vec<Option<u8>> = vec![None; self.taken.len()];
         for op in &self.expr.ops {
@@ -147,7 +147,7 @@ impl<'a> Splice<'a> {
                     other => other.clone(),
                 });
             }
-            free += slots(expr);
+            free += expr.slots();
             let reads_it = |op: &&ExprOp| matches!(op, ExprOp::Operand(index) if self.node.operands.get(usize::from(*index)) == Some(&value));
             if self.expr.ops.iter().filter(reads_it).count() > 1 {
                 let slot = u8::try_from(free).ok()?;
@@ -171,15 +171,6 @@ impl<'a> Splice<'a> {
         }
         Node { op, operands, results: node.results.clone(), origin: Origin::from(origin) }
     }
-}
-
-/// One more than the highest slot in use.
-fn slots(expr: &Expr) -> usize {
-    let slot = |op: &ExprOp| match op {
-        ExprOp::Set(slot) | ExprOp::Get(slot) => usize::from(*slot) + 1,
-        _ => 0,
-    };
-    expr.ops.iter().map(slot).max().unwrap_or(0)
 }
 
 #[cfg(test)]
@@ -234,7 +225,7 @@ mod tests {
         verify(&fused).unwrap();
         let [Node { op: Op::Pointwise { expr, .. }, .. }] = fused.graphs[0].nodes.as_slice() else { panic!("{fused}") };
         let exponentials = expr.ops.iter().filter(|op| matches!(op, ExprOp::Unary(_))).count();
-        assert_eq!((exponentials, slots(expr)), (1, 1), "{fused}");
+        assert_eq!((exponentials, expr.slots()), (1, 1), "{fused}");
         let x = planfile::Tensor::from_elements(&[3], &[0.0f32, 1.0, -2.0]).unwrap();
         let y = cpu::evaluate(&fused.graphs[0].nodes[0].op, &[&x]).unwrap();
         let y = y[0].elements::<f32>().unwrap();

@@ -47,11 +47,7 @@ pub(super) fn store(expr: Expr, dtype: DType, saturate: bool) -> Expr {
 
 /// A slot that the expression does not use, which [`store`] needs to saturate.
 pub(super) fn free_slot(expr: &Expr) -> Option<u8> {
-    let used = expr.ops.iter().filter_map(|op| match op {
-        ExprOp::Set(slot) => Some(*slot),
-        _ => None,
-    });
-    used.max().map_or(Some(0), |last| last.checked_add(1))
+    u8::try_from(expr.slots()).ok()
 }
 
 /// The operand converted: from a half type to `f32`, or from `f32` to a half type.

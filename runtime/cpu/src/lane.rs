@@ -256,7 +256,7 @@ macro_rules! float_lane {
                     }),
                     Binary::Rem => zip(dst, a, b, |a, b| a % b),
                     // Squares are what exporters spell norms with.
-                            Binary::Pow => zip(dst, a, b, |a, b| if b == 2.0 { a * a } else { a.powf(b) }),
+                    Binary::Pow => zip(dst, a, b, |a, b| if b == 2.0 { a * a } else { a.powf(b) }),
                     Binary::Max => zip(dst, a, b, Number::larger),
                     Binary::Min => zip(dst, a, b, Number::smaller),
                     Binary::And | Binary::Or | Binary::Xor | Binary::ShiftLeft | Binary::ShiftRight => {

@@ -261,6 +261,12 @@ impl Expr {
         Self { ops: vec![ExprOp::Index { axis, base: RankScalar::Uniform(0) }] }
     }
 
+    /// One more than the highest slot that is set: the first free one.
+    pub fn slots(&self) -> usize {
+        let slot = |op: &ExprOp| if let ExprOp::Set(slot) = op { usize::from(*slot) + 1 } else { 0 };
+        self.ops.iter().map(slot).max().unwrap_or(0)
+    }
+
     fn then(mut self, op: ExprOp) -> Self {
         self.ops.push(op);
         self

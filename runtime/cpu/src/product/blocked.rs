@@ -34,24 +34,7 @@ pub(crate) trait Right<T>: Send + Sync {
 
 impl<T: Copy + Send + Sync> Right<T> for Matrix<'_, T> {
     fn pack(&self, depth: std::ops::Range<usize>, columns: std::ops::Range<usize>, width: usize, panels: &mut [T]) {
-        for (panel, first) in panels.chunks_exact_mut(depth.len() * width).zip(columns.clone().step_by(width)) {
-            let count = width.min(columns.end - first);
-            if self.columns == 1 {
-                for (row, depth) in panel.chunks_exact_mut(width).zip(depth.clone()) {
-                    row[..count].copy_from_slice(&self.data[depth * self.rows + first..][..count]);
-                }
-                continue;
-            }
-            for column in 0..count {
-                let from = (first + column) * self.columns + depth.start * self.rows;
-                let source = self.data[from..].iter().step_by(self.rows.max(1));
-                if self.rows == 0 {
-                    panel.iter_mut().skip(column).step_by(width).for_each(|to| *to = self.data[from]);
-                } else {
-                    panel.iter_mut().skip(column).step_by(width).zip(source).for_each(|(to, &from)| *to = from);
-                }
-            }
-        }
+        pack_rows(&self.transposed(), &columns, &depth, width, panels);
     }
 
     fn in_place(&self, column: usize, rows: usize) -> Option<(&[T], usize)> {
@@ -260,6 +243,7 @@ pub(super) fn left_block<'a, T: Tiled>(
             LeftBlock::InPlace(Matrix { data: &data[depth.start..], rows, columns: 1 })
         }
         Left::Matrix(matrix) => {
+            panels.resize(depth.len() * rows.len().next_multiple_of(width), T::ZERO);
             pack_rows(&matrix, rows, depth, width, panels);
             LeftBlock::Packed { panels, first: rows.start, depth: depth.len(), width }
         }
@@ -267,14 +251,13 @@ pub(super) fn left_block<'a, T: Tiled>(
 }
 
 /// Rows as panels `[rows / width, depth, width]`; positions beyond the last row have any value.
-fn pack_rows<T: Tiled>(
+fn pack_rows<T: Copy>(
     a: &Matrix<'_, T>,
     rows: &std::ops::Range<usize>,
     depth: &std::ops::Range<usize>,
     width: usize,
-    panels: &mut Vec<T>,
+    panels: &mut [T],
 ) {
-    panels.resize(depth.len() * rows.len().next_multiple_of(width), T::ZERO);
     for (panel, first) in panels.chunks_exact_mut(depth.len() * width).zip(rows.clone().step_by(width)) {
         let count = width.min(rows.end - first);
         if a.rows == 1 {
