@@ -5,6 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::call::{Activation, Call, Convolution, Matmul, Matrix};
 use crate::expr::RankScalar;
 use crate::fingerprint::Fingerprint;
 use crate::op::Op;
@@ -337,7 +338,9 @@ pub enum Implementation {
     },
     Library {
         library: Library,
+        /// The version that the plan was made with; empty for the machine's own.
         version: String,
+        call: Call,
     },
 }
 

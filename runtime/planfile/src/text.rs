@@ -115,7 +115,7 @@ fn write_kernel(out: &mut String, index: usize, kernel: &Kernel) -> fmt::Result 
     let implementation = match &kernel.implementation {
         Implementation::Reference => "reference".to_owned(),
         Implementation::Cuda { code, symbol } => format!("code {code} {symbol}"),
-        Implementation::Library { library, version } => format!("{library:?} {version}"),
+        Implementation::Library { library, version, call } => format!("{library:?} {version} {call:?}"),
     };
     let inputs: Vec<String> =
         kernel.spec.inputs.iter().enumerate().map(|(value, ty)| format!("%{value}: {ty}")).collect();

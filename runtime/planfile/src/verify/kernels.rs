@@ -30,7 +30,7 @@ pub(super) fn check(plan: &Plan, report: &mut Report) -> Vec<Facts> {
     let mut facts = Vec::with_capacity(plan.kernels.len());
     for (index, kernel) in plan.kernels.iter().enumerate() {
         let at = format_args!("kernel {index} (`{}`)", kernel.name);
-        report.check(at, check_implementation(plan, &kernel.implementation));
+        report.check(at, check_implementation(plan, kernel));
         match check_spec(kernel) {
             Ok(fact) => facts.push(fact),
             Err(what) => report.add(at, what),
@@ -45,14 +45,15 @@ pub(super) fn check(plan: &Plan, report: &mut Report) -> Vec<Facts> {
     facts
 }
 
-fn check_implementation(plan: &Plan, implementation: &Implementation) -> Result<(), String> {
-    match implementation {
+fn check_implementation(plan: &Plan, kernel: &Kernel) -> Result<(), String> {
+    match &kernel.implementation {
         Implementation::Cuda { code, symbol } => {
             let code = plan.code.get(*code as usize).ok_or_else(|| format!("code {code} of {}", plan.code.len()))?;
             let fine = !symbol.is_empty() && !symbol.contains('\0') && !code.cubin.is_empty();
             fine.then_some(()).ok_or_else(|| format!("symbol `{symbol}` in {} bytes of code", code.cubin.len()))
         }
-        Implementation::Reference | Implementation::Library { .. } => Ok(()),
+        Implementation::Library { call, .. } => call.check(&kernel.spec.inputs, &kernel.spec.result_types()?),
+        Implementation::Reference => Ok(()),
     }
 }
 

@@ -28,6 +28,26 @@ fn refused(expected: &str, change: impl FnOnce(&mut Plan)) {
     refused_in(sample::plan(), expected, change);
 }
 
+/// A product of `[2, 4]` and `[4, 4]`, whose left rows are so far apart.
+fn library(left_stride: u64) -> Implementation {
+    let matrix = |operand, row_stride| Matrix { operand, offset: 0, row_stride, column_stride: 1, batch_stride: 0 };
+    let call = Call::Matmul(Matmul {
+        m: 2,
+        n: 4,
+        k: 4,
+        batch: 1,
+        a: matrix(0, left_stride),
+        b: matrix(1, 4),
+        result: matrix(0, 4),
+        scale: crate::op::Real(1.0),
+        bias: None,
+        residual: None,
+        activation: Activation::None,
+        allow_tf32: false,
+    });
+    Implementation::Library { library: Library::CublasLt, version: "13".to_owned(), call }
+}
+
 fn steps(plan: &mut Plan) -> &mut Vec<Step> {
     &mut plan.programs[0].steps
 }
@@ -168,8 +188,10 @@ fn kernels() {
         plan.kernels[0].implementation = cuda(0);
     });
     refused("kernel `dot_f32` is not called this way", |plan| {
-        let library = Library::CublasLt;
-        plan.kernels[0].implementation = Implementation::Library { library, version: "13".to_owned() };
+        plan.kernels[0].implementation = library(4);
+    });
+    refused("the left matrix reaches outside of its 8 elements", |plan| {
+        plan.kernels[0].implementation = library(5);
     });
     refused("has tables of 3 values for 2 ranks", |plan| {
         let starts = vec![RankScalar::ByRank(vec![0, 0, 0]), 0.into()];

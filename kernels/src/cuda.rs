@@ -1,0 +1,69 @@
+//! From a specification to what executes it on a CUDA device: a family of kernels, or a call into a library.
+//!
+//! [`FAMILIES`] is in order of preference: the first that takes a specification executes it. A family is a file here,
+//! with the bodies of its kernels in `kernels/cuda`; libraries are called for large products and convolutions.
+
+use planfile::plan::{Call, Library};
+use planfile::{RankScalar, Spec};
+
+mod generated;
+
+pub use generated::accepts_fusion;
+
+/// What is compiled for, and how.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// Such as `sm_90a`.
+    pub architecture: String,
+    /// Whether products of `f32` may round their operands to TF32.
+    pub allow_tf32: bool,
+}
+
+/// What executes a specification.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Selected {
+    Launch(Launch),
+    Library { library: Library, call: Call, workspace_bytes: u64 },
+}
+
+/// A kernel of ours, specialised: shapes, strides and constants are literals in the source.
+///
+/// Its parameters are a pointer for each input of the specification, one for each result, then each scalar as
+/// `long long`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Launch {
+    /// Name of the function.
+    pub symbol: String,
+    /// A whole translation unit of CUDA C++ that includes nothing.
+    pub source: String,
+    pub grid: [u32; 3],
+    pub block: [u32; 3],
+    /// Dynamic shared memory.
+    pub shared_bytes: u32,
+    /// Values that may differ by rank.
+    pub scalars: Vec<RankScalar>,
+}
+
+/// A way to execute some specifications.
+struct Family {
+    name: &'static str,
+    select: fn(&Spec, &Options) -> Option<Selected>,
+}
+
+/// In order of preference.
+const FAMILIES: &[Family] = &[
+    Family { name: "generated", select: |spec, options| generated::select(spec, options).map(Selected::Launch) },
+];
+
+/// What executes the specification, with the family's name.
+///
+/// # Errors
+/// The primitives of a specification that no family takes.
+pub fn select(spec: &Spec, options: &Options) -> Result<(&'static str, Selected), String> {
+    let found = FAMILIES.iter().find_map(|family| Some((family.name, (family.select)(spec, options)?)));
+    found.ok_or_else(|| {
+        let names: Vec<&str> = spec.nodes.iter().map(|node| node.op.name()).collect();
+        let types: Vec<String> = spec.inputs.iter().map(ToString::to_string).collect();
+        format!("no kernel computes {} of {}", names.join(", "), types.join(", "))
+    })
+}
