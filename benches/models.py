@@ -1,42 +1,58 @@
 #!/usr/bin/env python3
 """Writes the models that the benchmarks run: published architectures at full size, with seeded random weights.
 
-    python3 benches/models.py FOLDER [resnet50] [bert_base] [vit_b16]
+    python3 benches/models.py FOLDER [resnet50] [bert_base] [vit_b16] [llama_block] [--layers 2] [--dtype bf16]
 
-Each becomes FOLDER/NAME.onnx, spelled as PyTorch's exporter spells it (opset 20): batch normalisation folded into
-convolutions, attention as products around a softmax, GELU as an operator. The batch is symbolic. Needs `onnx` and
-`numpy`.
+Each becomes FOLDER/NAME.onnx. The first three are spelled as PyTorch's exporter spells them (opset 20, f32): batch
+normalisation folded into convolutions, attention as products around a softmax, GELU as an operator; the batch is
+symbolic. The last is a Llama-3-8B-shaped decoder without embedding and vocabulary, in the composite operators of opset
+23, with symbolic batch and sequence; weights of more than 1 GiB lie beside it in FOLDER/llama_block.weights. Needs
+`onnx` and `numpy`.
 """
 
-import sys
+import argparse
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-OPSET = 20
+# Beyond this, weights lie in a file of their own: a model file ends at 2 GiB.
+INLINE_BYTES = 1 << 30
+# Where each weight of that file begins, so that it can be mapped.
+ALIGNMENT = 4096
+
+DTYPES = {"f32": (np.float32, TensorProto.FLOAT), "bf16": (ml_dtypes.bfloat16, TensorProto.BFLOAT16)}
 
 
 class Graph:
-    """Collects nodes and weights; each method adds an operator and returns the name of its result."""
+    """Collects nodes and weights; each method adds an operator and returns the name of its result.
 
-    def __init__(self, seed):
-        self.random = np.random.default_rng(seed)
+    Weights are `dtype`, and drawn in `f32` by threads while the graph is built: each has a seed of its own.
+    """
+
+    def __init__(self, seed, opset=20, dtype=np.float32):
+        self.seed, self.opset, self.dtype = seed, opset, dtype
         self.nodes, self.weights = [], []
+        self.threads = ThreadPoolExecutor()
 
     def add(self, op, *inputs, **attributes):
         name = f"{op.lower()}_{len(self.nodes)}"
         self.nodes.append(helper.make_node(op, list(inputs), [name], name=name, **attributes))
         return name
 
+    def weight(self, draw, *arguments):
+        """A weight that `draw(*arguments)` returns, in a thread."""
+        self.weights.append(self.threads.submit(draw, *arguments))
+        return f"weight_{len(self.weights) - 1}"
+
     def constant(self, array):
-        name = f"weight_{len(self.weights)}"
-        self.weights.append(numpy_helper.from_array(np.asarray(array), name))
-        return name
+        return self.weight(np.asarray, array)
 
     def normal(self, *shape, scale):
-        return self.constant(self.random.standard_normal(shape, dtype=np.float32) * np.float32(scale))
+        return self.weight(normal, [self.seed, len(self.weights)], shape, scale, self.dtype)
 
     def shape(self, *sizes):
         return self.constant(np.array(sizes, np.int64))
@@ -76,16 +92,49 @@ class Graph:
     def feed_forward(self, x, width, hidden):
         return self.linear(self.add("Gelu", self.linear(x, width, hidden)), hidden, width)
 
+    def rms_norm(self, x, width, epsilon):
+        scale = self.constant(np.ones(width, self.dtype))
+        return self.add("RMSNormalization", x, scale, axis=-1, epsilon=epsilon)
+
     def save(self, path, inputs, outputs):
         """`inputs` and `outputs`: name, element type and shape of each; an output is the last node of its name."""
         info = [[helper.make_tensor_value_info(*value) for value in values] for values in (inputs, outputs)]
-        graph = helper.make_graph(self.nodes, path.stem, *info, self.weights)
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=9)
-        onnx.checker.check_model(model)
-        onnx.save(model, path)
+        weights = {f"weight_{index}": future.result() for index, future in enumerate(self.weights)}
+        self.threads.shutdown()
+        if sum(array.nbytes for array in weights.values()) > INLINE_BYTES:
+            tensors = external(weights, path.with_suffix(".weights"))
+        else:
+            tensors = [numpy_helper.from_array(array, name) for name, array in weights.items()]
+        graph = helper.make_graph(self.nodes, path.stem, *info, tensors)
+        ir_version = 9 if self.opset <= 20 else 11
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)], ir_version=ir_version)
+        path.write_bytes(model.SerializeToString())
+        onnx.checker.check_model(path)
 
     def name_output(self, value, name):
         self.nodes.append(helper.make_node("Identity", [value], [name], name=name))
+
+
+def normal(seed, shape, scale, dtype):
+    """Seeded noise of that standard deviation."""
+    array = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+    array *= np.float32(scale)
+    return array.astype(dtype, copy=False)
+
+
+def external(weights, path):
+    """Writes arrays by name to the file `path`, one after the other; tensors that say where each lies."""
+    tensors = []
+    with open(path, "wb") as file:
+        for name, array in weights.items():
+            file.seek(-(-file.tell() // ALIGNMENT) * ALIGNMENT)
+            kind = helper.np_dtype_to_tensor_dtype(array.dtype)
+            tensor = TensorProto(name=name, dims=array.shape, data_type=kind, data_location=TensorProto.EXTERNAL)
+            for key, value in (("location", path.name), ("offset", file.tell()), ("length", array.nbytes)):
+                tensor.external_data.add(key=key, value=str(value))
+            tensors.append(tensor)
+            file.write(array.tobytes())
+    return tensors
 
 
 def resnet50(path):
@@ -145,17 +194,76 @@ def vit_b16(path, width=768, heads=12, layers=12, hidden=3072):
     g.save(path, [("pixels", TensorProto.FLOAT, shape)], [("logits", TensorProto.FLOAT, ["batch", 1000])])
 
 
-MODELS = {builder.__name__: builder for builder in (resnet50, bert_base, vit_b16)}
+def rotary_tables(positions, size, theta):
+    """Cosines and sines of every position and pair of features, each `[positions, size / 2]`."""
+    frequencies = theta ** (-np.arange(0, size, 2, dtype=np.float64) / size)
+    angles = np.outer(np.arange(positions), frequencies)
+    return np.cos(angles), np.sin(angles)
+
+
+def llama_attention(g, x, tables, width, heads, kv_heads):
+    """Causal attention of grouped heads over `x`, `[batch, sequence, width]`; `tables`: cosines and sines."""
+    size = width // heads
+
+    def split(count):
+        y = g.add("MatMul", x, g.normal(width, count * size, scale=width**-0.5))
+        y = g.add("Reshape", y, g.shape(0, 0, count, size))
+        return g.add("Transpose", y, perm=[0, 2, 1, 3])
+
+    q = g.add("RotaryEmbedding", split(heads), *tables)
+    k = g.add("RotaryEmbedding", split(kv_heads), *tables)
+    y = g.add("Attention", q, k, split(kv_heads), is_causal=1)
+    y = g.add("Reshape", g.add("Transpose", y, perm=[0, 2, 1, 3]), g.shape(0, 0, width))
+    return g.add("MatMul", y, g.normal(width, width, scale=width**-0.5))
+
+
+def llama_feed_forward(g, x, width, hidden):
+    gate = g.add("MatMul", x, g.normal(width, hidden, scale=width**-0.5))
+    up = g.add("MatMul", x, g.normal(width, hidden, scale=width**-0.5))
+    y = g.add("Mul", g.add("Mul", gate, g.add("Sigmoid", gate)), up)
+    return g.add("MatMul", y, g.normal(hidden, width, scale=hidden**-0.5))
+
+
+def llama_block(
+    path, layers=2, dtype="bf16", width=4096, hidden=14336, heads=32, kv_heads=8, positions=8192, theta=5e5
+):
+    """Decoder layers over hidden states at positions 0, 1, …, of which there are at most `positions`."""
+    array_type, element_type = DTYPES[dtype]
+    g = Graph(3, opset=23, dtype=array_type)
+    batch, sequence = (g.add("Shape", "hidden", start=axis, end=axis + 1) for axis in (0, 1))
+    # Without position numbers, the operator wants `[batch, sequence, size / 2]`: constant once dimensions are bound.
+    every = g.add("Concat", batch, sequence, g.shape(width // heads // 2), axis=0)
+    tables = []
+    for table in rotary_tables(positions, width // heads, theta):
+        rows = g.add("Slice", g.constant(table.astype(array_type)), g.shape(0), sequence, g.shape(0))
+        tables.append(g.add("Expand", rows, every))
+    x = "hidden"
+    for _ in range(layers):
+        x = g.add("Add", x, llama_attention(g, g.rms_norm(x, width, 1e-5), tables, width, heads, kv_heads))
+        x = g.add("Add", x, llama_feed_forward(g, g.rms_norm(x, width, 1e-5), width, hidden))
+    g.name_output(x, "result")
+    shape = ["batch", "sequence", width]
+    g.save(path, [("hidden", element_type, shape)], [("result", element_type, shape)])
+
+
+MODELS = {builder.__name__: builder for builder in (resnet50, bert_base, vit_b16, llama_block)}
 
 
 def main():
-    if len(sys.argv) < 2 or any(name not in MODELS for name in sys.argv[2:]):
-        sys.exit(f"{__doc__}\nmodels: {' '.join(MODELS)}")
-    folder = Path(sys.argv[1])
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in sys.argv[2:] or MODELS:
-        MODELS[name](folder / f"{name}.onnx")
-        print(f"wrote {folder / name}.onnx")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MODELS)}; all unless given")
+    parser.add_argument("--layers", type=int, default=2, help="of llama_block")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of llama_block")
+    arguments = parser.parse_args()
+    unknown = [name for name in arguments.names if name not in MODELS]
+    if unknown:
+        parser.error(f"no model {unknown[0]}; there are {', '.join(MODELS)}")
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    for name in arguments.names or MODELS:
+        flags = {"layers": arguments.layers, "dtype": arguments.dtype} if name == "llama_block" else {}
+        MODELS[name](arguments.folder / f"{name}.onnx", **flags)
+        print(f"wrote {arguments.folder / name}.onnx")
 
 
 if __name__ == "__main__":
