@@ -25,7 +25,7 @@ const TARGETS: &[(&str, &str)] = &[
 /// Compiles an ONNX model into one plan file for N devices.
 ///
 /// Exit codes: 0 success; 1 beyond the tolerance; 2 wrong command line; 3 invalid or unsupported model or input; 4 a
-/// file could not be read or written; 70 internal error.
+/// file could not be read or written; 5 a library, driver or GPU is missing; 70 internal error.
 #[derive(Debug, Parser)]
 #[command(name = "compile", version)]
 pub(crate) struct Arguments {
@@ -59,6 +59,9 @@ pub(crate) struct Arguments {
     /// The machine to plan for: cpu, h200x4, h200x8 or a description
     #[arg(long, value_name = "NAME|FILE.json", default_value = "cpu")]
     pub(crate) target: String,
+    /// Products of f32 may round their operands to TF32, where the target is faster so
+    #[arg(long)]
+    pub(crate) allow_tf32: bool,
     /// External data may also lie below this folder, links included
     #[arg(long, value_name = "DIR")]
     pub(crate) external_data_root: Option<PathBuf>,
@@ -159,7 +162,7 @@ impl Arguments {
         // The import is no pass, but worth a look.
         let pass = |name: &Option<String>| name.clone().filter(|name| name != "import");
         let (stop_after, print_after) = (pass(&self.stop_after), pass(&self.print_after));
-        request.options = Options { stop_after, print_after, dtype: self.dtype };
+        request.options = Options { stop_after, print_after, dtype: self.dtype, allow_tf32: self.allow_tf32 };
         request.options.check().map_err(|error| wrong(error.to_string()))?;
         if self.stop_after.as_deref() == Some("import") {
             return Err(wrong("--stop-after names a pass; to see the import, use --print-after import".to_owned()));
@@ -253,6 +256,7 @@ mod tests {
         assert_eq!((request.bindings.random_weights, request.load.allow_missing_weights), (Some(7), true));
         assert_eq!((request.mesh, request.target.devices), (MeshChoice::Devices(1), 1));
         assert_eq!(request.options.dtype, None);
+        assert!(!request.options.allow_tf32 && parse(&["--allow-tf32"]).unwrap().options.allow_tf32);
         assert_eq!(parse(&["--dtype", "bf16"]).unwrap().options.dtype, Some(DType::BF16));
     }
 

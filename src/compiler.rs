@@ -18,6 +18,8 @@ use planfile::{PlanError, Target, Tensor};
 use runtime::image::{self, ImageError};
 use thiserror::Error;
 
+use crate::assembler::NvrtcAssembler;
+
 /// What to compile, for what, and how.
 #[derive(Clone, Debug)]
 pub struct Request {
@@ -92,7 +94,7 @@ impl Request {
             },
             target: &self.target,
         };
-        let plan = passes::compile::run(module, &settings, observer)?;
+        let plan = passes::compile::run(module, &settings, &NvrtcAssembler, observer)?;
         let Some(mut plan) = plan else { return Ok(None) };
         plan.manifest.fingerprint = weights.fingerprint(&plan.manifest)?;
         Ok(Some(Compiled { plan, weights }))

@@ -13,7 +13,9 @@ use passes::error::PassError;
 use planfile::PlanFile;
 use planfile::summary::summary;
 use planwright::compiler::{CompileError, Compiled, Request};
-use runtime::cli::{Data, Exit, Failure, bytes_bar, completions, finish, print, run, spinner, summary_text};
+use runtime::cli::{
+    Data, DeviceFlags, Exit, Failure, bytes_bar, completions, finish, print, run, spinner, summary_text,
+};
 use runtime::image::ImageError;
 use runtime::tensor_file::TestData;
 use serde_json::json;
@@ -55,7 +57,7 @@ fn execute(arguments: &Arguments) -> Result<Exit, Failure> {
         false => None,
         true => {
             let data = test_data.as_ref().or(like.as_ref()).map_or(Data::Random, Data::TestData);
-            Some(run(PlanFile::open(&path)?, None, data, None, arguments.tolerance.into(), None)?)
+            Some(run(PlanFile::open(&path)?, None, data, None, arguments.tolerance.into(), &DeviceFlags::on_cpu())?)
         }
     };
     if arguments.json {
@@ -97,6 +99,7 @@ fn failure(error: CompileError) -> Failure {
             PassError::Unsupported { .. } => Exit::Invalid,
             PassError::UnknownPass { .. } => Exit::Usage,
             PassError::Weights { source, .. } => recipe_exit(source),
+            PassError::Assemble { .. } => Exit::Machine,
             PassError::Invalid { .. } | PassError::Ir(_) => Exit::Internal,
         },
         CompileError::Image(ImageError::Recipe { ref source, .. }) => recipe_exit(source),

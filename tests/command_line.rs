@@ -176,6 +176,19 @@ fn invalid_models_and_inputs_end_with_3() {
 }
 
 #[test]
+fn cuda_targets_need_the_compiler_of_kernels() {
+    let desk = Desk::new();
+    let (model, data) = (bert("model.onnx"), bert("test_data_set_0"));
+    fs::create_dir(desk.path("cache")).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_compile"));
+    command.env("PLANWRIGHT_NVRTC", desk.path("absent.so")).env("PLANWRIGHT_CACHE", desk.path("cache"));
+    command.args([&model, "--like", &data, "--target", "h200x4"]);
+    desk.run(&mut command).fails(5, &["NVRTC was not found", "absent.so", "pip install", "CUDA_HOME"]);
+    assert_eq!(desk.files(), ["cache"]);
+    assert_eq!(fs::read_dir(desk.path("cache")).unwrap().count(), 0);
+}
+
+#[test]
 fn files_that_cannot_be_read_or_written_end_with_4() {
     let desk = Desk::new();
     let (model, data) = (bert("model.onnx"), bert("test_data_set_0"));

@@ -18,6 +18,7 @@ use std::ops::Range;
 use cpu::recipe::NoFiles;
 use ir::Mesh;
 use modules::{Case, Drawing, Known};
+use passes::lower::NoAssembler;
 use passes::pipeline::{Options, Settings};
 use passes::shard::{MeshChoice, ShardOptions, parse_mesh};
 use planfile::{Binary, Dim, Expr, Op, Target, Tensor, write_plan};
@@ -44,8 +45,8 @@ fn run(case: &Case, mesh: Mesh, split_table_bytes: u64) -> Result<Vec<Tensor>, S
     let target = Target::from_json(include_str!("../fixtures/targets/cpu.json")).unwrap();
     let shard = ShardOptions { mesh: MeshChoice::Fixed(mesh), split_table_bytes, batch_dim: 0 };
     let settings = Settings { weights: &NoFiles, options: Options::default(), shard, target: &target };
-    let plan =
-        passes::compile::run(case.module.clone(), &settings, &mut |_, _| {}).map_err(|error| error.to_string())?;
+    let plan = passes::compile::run(case.module.clone(), &settings, &NoAssembler, &mut |_, _| {})
+        .map_err(|error| error.to_string())?;
     let plan = plan.ok_or("no plan")?;
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("a.plan");
@@ -55,8 +56,9 @@ fn run(case: &Case, mesh: Mesh, split_table_bytes: u64) -> Result<Vec<Tensor>, S
     })
     .map_err(|error| error.to_string())?;
     let session = Session::load(&path, Devices::Virtual).map_err(|error| error.to_string())?;
-    let outputs = session.context().and_then(|mut context| context.run("main", &case.inputs));
-    Ok(outputs.map_err(|error| error.to_string())?.into_iter().map(|(_, tensor)| tensor).collect())
+    let mut context = session.context().map_err(|error| error.to_string())?;
+    let outputs = context.run("main", &case.inputs).map_err(|error| error.to_string())?;
+    Ok(outputs.into_iter().map(|(_, tensor)| tensor).collect())
 }
 
 /// Where two runs differ, in words; integers must be equal.

@@ -13,6 +13,9 @@ use runtime::tensor_file::TestData;
 /// Small, and with every kind of placement: a split batch, split heads and features, partial sums.
 const MESH: &str = "data=2,tensor=2";
 
+/// Passes that leave alone what the host executes.
+const FOR_CUDA: [&str; 4] = ["recognise", "biases", "layout", "exchange"];
+
 #[test]
 fn models() {
     insta::glob!("../fixtures/onnx", "*/model.onnx", |model| {
@@ -21,11 +24,16 @@ fn models() {
         let mut request = request(folder);
         request.mesh = MeshChoice::Fixed(parse_mesh(MESH).unwrap());
         let mut stages = Vec::new();
+        let mut before = String::new();
         // Passes that change little here have a test of their own below.
         let observed = |pass: &str, module: &ir::Module| {
-            if !["precision", "fuse", "select"].contains(&pass) {
-                stages.push((pass.to_owned(), module.summary_text()));
+            let text = module.summary_text();
+            if FOR_CUDA.contains(&pass) {
+                assert_eq!(text, before, "{name}: {pass} is for CUDA devices, and this is a plan for the host");
+            } else if !["precision", "fuse", "select"].contains(&pass) {
+                stages.push((pass.to_owned(), text.clone()));
             }
+            before = text;
         };
         let compiled = request.compile(&mut { observed }).unwrap().unwrap();
         stages.push(("plan".to_owned(), text::text(&compiled.plan)));
@@ -71,6 +79,22 @@ fn fused_and_laid_out_for_the_host() {
         let mut selected = String::new();
         request.compile(&mut |_, module| selected = module.summary_text()).unwrap();
         check(model, "select", &selected);
+    }
+}
+
+/// Biases in the type that libraries add, channels last around convolutions, exchanges along the outermost dimension.
+#[test]
+fn rewritten_for_cuda_devices() {
+    for (model, mesh) in [("tiny_bert", "tensor=2"), ("tiny_resnet", "data=2"), ("tiny_vit", "tensor=2")] {
+        let mut request = request(&fixture(model));
+        request.target = Target::from_json(include_str!("../fixtures/targets/h200x4.json")).unwrap();
+        request.mesh = MeshChoice::Fixed(parse_mesh(mesh).unwrap());
+        request.options.dtype = Some(DType::BF16);
+        request.options.stop_after = Some("exchange".to_owned());
+        let mut stages = Vec::new();
+        request.compile(&mut |pass, module| stages.push((pass.to_owned(), module.summary_text()))).unwrap();
+        let [.., (last, text)] = &stages[..] else { panic!("no pass was observed") };
+        check(model, &format!("{last}.cuda"), text);
     }
 }
 

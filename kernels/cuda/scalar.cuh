@@ -172,6 +172,11 @@ WRAPPING(sub, -)
 WRAPPING(mul, *)
 #undef WRAPPING
 
+/// A product that is rounded before anything is added to it; `mul` may become one instruction with what follows.
+template <typename T> DEVICE T rounded_mul(T a, T b) { return mul(a, b); }
+DEVICE f32 rounded_mul(f32 a, f32 b) { return __fmul_rn(a, b); }
+DEVICE f64 rounded_mul(f64 a, f64 b) { return __dmul_rn(a, b); }
+
 template <typename T> DEVICE T neg(T x) { return sub(static_cast<T>(0), x); }
 DEVICE f32 neg(f32 x) { return -x; }
 DEVICE f64 neg(f64 x) { return -x; }
@@ -271,8 +276,8 @@ template <typename T> DEVICE T pow(T base, T exponent) {
     }
     return result;
 }
-DEVICE f32 pow(f32 a, f32 b) { return b == 2.0f ? a * a : powf(a, b); }
-DEVICE f64 pow(f64 a, f64 b) { return b == 2.0 ? a * a : ::pow(a, b); }
+DEVICE f32 pow(f32 a, f32 b) { return b == 2.0f ? rounded_mul(a, a) : powf(a, b); }
+DEVICE f64 pow(f64 a, f64 b) { return b == 2.0 ? rounded_mul(a, a) : ::pow(a, b); }
 
 /// NaN if either is NaN.
 template <typename T> DEVICE T larger(T a, T b) { return a > b || a != a ? a : b; }

@@ -4,11 +4,24 @@
 //! with the bodies of its kernels in `kernels/cuda`; libraries are called for large products and convolutions.
 
 use planfile::plan::{Call, Library};
-use planfile::{RankScalar, Spec};
+use planfile::{Op, RankScalar, Spec};
 
+mod attention;
+mod block;
+mod convolution;
+mod epilogue;
 mod generated;
+mod norm;
+mod product;
+mod reduce;
+mod scan;
+mod scatter;
+mod softmax;
+mod top_k;
+mod transpose;
+mod view;
 
-pub use generated::accepts_fusion;
+pub use convolution::{channels_first, channels_last};
 
 /// What is compiled for, and how.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,9 +63,22 @@ struct Family {
     select: fn(&Spec, &Options) -> Option<Selected>,
 }
 
+/// The family that takes almost everything, an element at a time.
+const GENERATED: &str = "generated";
+
 /// In order of preference.
 const FAMILIES: &[Family] = &[
-    Family { name: "generated", select: |spec, options| generated::select(spec, options).map(Selected::Launch) },
+    Family { name: "attention", select: |spec, options| attention::select(spec, options).map(Selected::Launch) },
+    Family { name: "product", select: product::select },
+    Family { name: "convolution", select: convolution::select },
+    Family { name: "softmax", select: |spec, options| softmax::select(spec, options).map(Selected::Launch) },
+    Family { name: "norm", select: |spec, options| norm::select(spec, options).map(Selected::Launch) },
+    Family { name: "reduce", select: |spec, options| reduce::select(spec, options).map(Selected::Launch) },
+    Family { name: "transpose", select: |spec, options| transpose::select(spec, options).map(Selected::Launch) },
+    Family { name: "scatter", select: |spec, options| scatter::select(spec, options).map(Selected::Launch) },
+    Family { name: "scan", select: |spec, options| scan::select(spec, options).map(Selected::Launch) },
+    Family { name: "top_k", select: |spec, options| top_k::select(spec, options).map(Selected::Launch) },
+    Family { name: GENERATED, select: |spec, options| generated::select(spec, options).map(Selected::Launch) },
 ];
 
 /// What executes the specification, with the family's name.
@@ -66,4 +92,19 @@ pub fn select(spec: &Spec, options: &Options) -> Result<(&'static str, Selected)
         let types: Vec<String> = spec.inputs.iter().map(ToString::to_string).collect();
         format!("no kernel computes {} of {}", names.join(", "), types.join(", "))
     })
+}
+
+/// Whether one kernel takes the whole specification and is the better for it: a family made for it, or a generated
+/// kernel that computes nothing twice.
+pub fn takes_along(spec: &Spec, options: &Options) -> bool {
+    let made_for_it = |family: &Family| family.name != GENERATED && (family.select)(spec, options).is_some();
+    FAMILIES.iter().any(made_for_it) || generated::accepts_fusion(spec) || pools_transposed(spec, options)
+}
+
+/// Whether this is a pool between transpositions: each element of it is computed once, wherever it is stored.
+fn pools_transposed(spec: &Spec, options: &Options) -> bool {
+    let count = |is: fn(&Op) -> bool| spec.nodes.iter().filter(|node| is(&node.op)).count();
+    let pools = count(|op| matches!(op, Op::Pool { indices: None, .. }));
+    let transposes = count(|op| matches!(op, Op::Transpose { .. }));
+    pools == 1 && pools + transposes == spec.nodes.len() && generated::select(spec, options).is_some()
 }

@@ -4,6 +4,7 @@
 //! rates, and machine code is made by whoever holds a compiler.
 
 pub mod cuda;
+pub mod samples;
 mod work;
 
 pub use work::{Work, work};

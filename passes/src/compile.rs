@@ -5,17 +5,21 @@ use ir::{Mesh, Module};
 use planfile::plan::{Alternative, Explanations, Plan, PlanAxis};
 
 use crate::error::PassError;
+use crate::lower::Assembler;
 use crate::pipeline::{PIPELINE, Settings, advance};
+use crate::regions::Devices;
 use crate::shard::{self, MeshChoice};
 use crate::{lower, schedule};
 
-/// Compiles. `None` when the options stop the pipeline before its end. `observer` sees the module after each pass.
+/// Compiles. `None` when the options stop the pipeline before its end. `assembler` makes machine code of kernels where the
+/// target is no host; `observer` sees the module after each pass.
 ///
 /// # Errors
 /// What the passes report.
 pub fn run(
     module: Module,
     settings: &Settings<'_>,
+    assembler: &dyn Assembler,
     observer: &mut dyn FnMut(&str, &Module),
 ) -> Result<Option<Plan>, PassError> {
     settings.options.check()?;
@@ -40,7 +44,14 @@ pub fn run(
     if stopped {
         return Ok(None);
     }
-    let mut plan = lower::run(&schedule::run(module)?, settings.target)?;
+    let architecture = &settings.target.device.architecture;
+    let devices = if architecture == lower::CPU {
+        Devices::Host
+    } else {
+        let allow_tf32 = settings.options.allow_tf32;
+        Devices::Cuda(kernels::cuda::Options { architecture: architecture.clone(), allow_tf32 })
+    };
+    let mut plan = lower::run(&schedule::run(module, &devices)?, settings.target, assembler)?;
     plan.explanations = Explanations { names: plan.explanations.names, ..explanations };
     Ok(Some(plan))
 }

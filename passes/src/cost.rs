@@ -6,10 +6,34 @@ use planfile::plan::StepCost;
 use planfile::target::CollectiveTiming;
 use planfile::{DType, Op, Target, TensorType};
 
+use crate::regions::Region;
+
 /// Cost of a node on one rank, at the sizes that its graph says.
 pub fn node(graph: &Graph, node: &Node, target: &Target) -> StepCost {
     let types = |values: &[ValueId]| values.iter().map(|&value| graph.ty(value)).collect::<Vec<_>>();
     op(&node.op, &types(&node.operands), &types(&node.results), target)
+}
+
+/// Cost of a step: the operations of all its nodes, and the bytes that go in and out of it.
+pub fn region(graph: &Graph, region: &Region, target: &Target) -> StepCost {
+    let Some((last, inner)) = region.nodes.split_last() else { return StepCost::default() };
+    let last = node(graph, graph.node(*last), target);
+    if inner.is_empty() || region.selected.is_none() {
+        return last;
+    }
+    let parts: Vec<StepCost> = inner.iter().map(|&id| node(graph, graph.node(id), target)).chain([last]).collect();
+    let results = region.nodes.last().map_or(&[][..], |&id| &graph.node(id).results);
+    let ends = region.inputs.iter().chain(results);
+    let memory_bytes = ends.filter_map(|&value| graph.ty(value).bytes()).fold(0, u64::saturating_add);
+    // The slowest part, none of whose operands and results that stay inside are stored, but never faster than memory.
+    let slowest = parts.iter().map(|part| part.predicted_ns).max().unwrap_or(0);
+    let memory_ns = memory_bytes as f64 * 1e9 / target.device.memory_bytes_per_second;
+    StepCost {
+        predicted_ns: slowest.max((memory_ns + target.device.launch_ns).round() as u64),
+        operations: parts.iter().map(|part| part.operations).fold(0, u64::saturating_add),
+        memory_bytes,
+        link_bytes: 0,
+    }
 }
 
 /// Cost of an operation on operands and results of these types.

@@ -21,6 +21,9 @@ pub enum PassError {
     /// A weight could not be read or made.
     #[error("weight `{weight}`: {source}")]
     Weights { weight: String, source: RecipeError },
+    /// Kernels were not made machine code: no compiler for it, or it refused.
+    #[error("kernels were not compiled: {why}")]
+    Assemble { why: String },
 }
 
 impl PassError {

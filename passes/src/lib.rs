@@ -1,12 +1,17 @@
 //! The pipeline from a module to a plan.
 
+pub mod biases;
 pub mod compile;
 pub mod cost;
 pub mod error;
+pub mod exchange;
 pub mod fuse;
+pub mod layout;
 pub mod lower;
 pub mod pipeline;
 pub mod precision;
+pub mod recognise;
+pub mod regions;
 pub mod schedule;
 pub mod select;
 pub mod shard;

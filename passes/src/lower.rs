@@ -2,24 +2,26 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use ir::{Graph, Node, Placement, ValueDef, ValueId, WeightId};
+use ir::{Graph, Placement, ValueDef, ValueId, WeightId};
+use kernels::cuda::{Launch, Selected};
 use planfile::fingerprint::Fingerprint;
 use planfile::plan::{
-    Action, Argument, Binding, CollectiveAlgorithm, Explanations, Implementation, Kernel, LinkRequirement, Manifest,
-    Place, PlacedWeight, Plan, PlanAxis, PlanEntry, PlanPiece, PlanPort, PlanState, PlanWeight, Program, SplitDim,
-    Step, TargetRef,
+    Action, Argument, Binding, Code, CollectiveAlgorithm, Explanations, Implementation, Kernel, LaunchShape,
+    LinkRequirement, Manifest, Place, PlacedWeight, Plan, PlanAxis, PlanEntry, PlanPiece, PlanPort, PlanState,
+    PlanWeight, Program, SplitDim, Step, TargetRef,
 };
-use planfile::{Op, Spec, SpecNode, Target, TensorType};
+use planfile::{DType, Op, RankScalar, Spec, Target, TensorType};
 
 use crate::cost;
 use crate::error::PassError;
-use crate::schedule::{ALIGN, Schedule, Scheduled, is_view};
+use crate::regions::Region;
+use crate::schedule::{ALIGN, Schedule, Scheduled};
 
 /// Makes the plan. Explanations of the sharding are the caller's to add.
 ///
 /// # Errors
-/// [`PassError::Invalid`]: an earlier pass left something undecided.
-pub fn run(scheduled: &Scheduled, target: &Target) -> Result<Plan, PassError> {
+/// [`PassError::Invalid`]: an earlier pass left something undecided. [`PassError::Assemble`]: kernels were not compiled.
+pub fn run(scheduled: &Scheduled, target: &Target, assembler: &dyn Assembler) -> Result<Plan, PassError> {
     let module = &scheduled.module;
     let ranks = module.mesh.ranks();
     let mut lowering = Lowering {
@@ -27,6 +29,7 @@ pub fn run(scheduled: &Scheduled, target: &Target) -> Result<Plan, PassError> {
         target,
         kernels: Vec::new(),
         kernel_index: HashMap::new(),
+        sources: Vec::new(),
         names: Vec::new(),
         name_index: HashMap::new(),
         placed: Vec::new(),
@@ -78,7 +81,7 @@ pub fn run(scheduled: &Scheduled, target: &Target) -> Result<Plan, PassError> {
         fingerprint: Fingerprint::default(),
         mesh: module.mesh.axes.iter().map(axis).collect(),
         ranks,
-        target: TargetRef { name: target.name.clone(), architecture: CPU.to_owned() },
+        target: TargetRef { name: target.name.clone(), architecture: target.device.architecture.clone() },
         entries,
         weights,
         placed,
@@ -88,7 +91,41 @@ pub fn run(scheduled: &Scheduled, target: &Target) -> Result<Plan, PassError> {
         links,
     };
     let explanations = Explanations { names: lowering.names, ..Explanations::default() };
-    Ok(Plan { manifest, programs, kernels: lowering.kernels, code: Vec::new(), explanations })
+    let architecture = &target.device.architecture;
+    let cubins =
+        if lowering.sources.is_empty() { Vec::new() } else { assembler.assemble(&lowering.sources, architecture)? };
+    if cubins.len() != lowering.sources.len() {
+        return Err(PassError::invalid("lower", format!("{} cubins of {}", cubins.len(), lowering.sources.len())));
+    }
+    let code = cubins.into_iter().map(|cubin| Code { architecture: architecture.clone(), cubin }).collect();
+    Ok(Plan { manifest, programs, kernels: lowering.kernels, code, explanations })
+}
+
+/// A kernel's source: one translation unit that defines the function `symbol`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KernelSource {
+    pub symbol: String,
+    pub source: String,
+}
+
+/// Makes machine code of CUDA C++: passes do no I/O, and a compiler is a library to be found and loaded.
+pub trait Assembler {
+    /// Machine code of each source, in their order, for an architecture such as `sm_90a`.
+    ///
+    /// # Errors
+    /// [`PassError::Assemble`]: no compiler, or what it said.
+    fn assemble(&self, sources: &[KernelSource], architecture: &str) -> Result<Vec<Vec<u8>>, PassError>;
+}
+
+/// For targets whose devices are the host: there is nothing to assemble.
+#[derive(Clone, Copy, Debug)]
+pub struct NoAssembler;
+
+impl Assembler for NoAssembler {
+    fn assemble(&self, sources: &[KernelSource], architecture: &str) -> Result<Vec<Vec<u8>>, PassError> {
+        let why = format!("{} kernels for {architecture}, and no compiler was given", sources.len());
+        Err(PassError::Assemble { why })
+    }
 }
 
 /// The architecture of plans whose kernels are their specifications, executed on the host.
@@ -142,6 +179,7 @@ struct Lowering<'a> {
     target: &'a Target,
     kernels: Vec<Kernel>,
     kernel_index: HashMap<Spec, u32>,
+    sources: Vec<KernelSource>,
     names: Vec<String>,
     name_index: HashMap<String, u32>,
     placed: Vec<PlacedWeight>,
@@ -160,10 +198,10 @@ impl Lowering<'_> {
                 inputs.push(Binding { port, place, splits: self.splits(value, &ranks) });
             }
         }
-        let steps_of =
-            graph.nodes.iter().zip(&schedule.absorbed).filter(|(node, absorbed)| !is_view(node) && !**absorbed);
-        for (node, _) in steps_of {
-            steps.push(self.step(graph, schedule, stage, node)?);
+        for (index, region) in schedule.regions.iter().enumerate() {
+            if let Some(region) = region {
+                steps.push(self.step(graph, schedule, stage, index, region)?);
+            }
         }
         for (&value, &offset) in &schedule.copies {
             let from = self.place(graph, schedule, stage, value)?;
@@ -198,34 +236,84 @@ impl Lowering<'_> {
         })
     }
 
-    fn step(&mut self, graph: &Graph, schedule: &Schedule, stage: u32, node: &Node) -> Result<Step, PassError> {
+    fn step(
+        &mut self,
+        graph: &Graph,
+        schedule: &Schedule,
+        stage: u32,
+        index: usize,
+        region: &Region,
+    ) -> Result<Step, PassError> {
+        let node = &graph.nodes[index];
         let mut places = |values: &[ValueId]| -> Result<Vec<Place>, PassError> {
             values.iter().map(|&value| self.place(graph, schedule, stage, value)).collect()
         };
-        let (sources, layout) = sources(graph, schedule, node);
-        let (operands, results) = (places(&sources)?, places(&node.results)?);
-        let action = if node.op.is_collective() {
-            Action::Collective { op: node.op.clone(), operands, results, algorithm: CollectiveAlgorithm::Host }
-        } else {
-            let types = operands.iter().map(|place| place.ty.clone()).collect();
-            let spec = specification(node, types, &layout).map_err(|why| PassError::invalid("lower", why))?;
-            let kernel = self.kernel(spec, node.op.name());
-            Action::Launch { kernel, operands, results, scalars: vec![], launch: None }
+        let (operands, results) = (places(&region.inputs)?, places(&node.results)?);
+        let action = match (&region.spec, &region.selected) {
+            (None, _) => {
+                let algorithm = if self.on_host() { CollectiveAlgorithm::Host } else { CollectiveAlgorithm::Nccl };
+                Action::Collective { op: node.op.clone(), operands, results, algorithm }
+            }
+            (Some(spec), None) => {
+                let kernel = self.kernel(spec, node.op.name(), |_| Implementation::Reference);
+                Action::Launch { kernel, operands, results, scalars: vec![], launch: None }
+            }
+            (Some(spec), Some(Selected::Launch(launch))) => {
+                let kernel = self.kernel(spec, &launch.symbol, |lowering| lowering.code(launch));
+                let scalar = |value: &RankScalar| Argument::Scalar { value: value.clone() };
+                let scalars = launch.scalars.iter().map(scalar).collect();
+                let grid = launch.grid.map(|size| RankScalar::Uniform(i64::from(size)));
+                let shape = LaunchShape { grid, block: launch.block, shared_bytes: launch.shared_bytes };
+                Action::Launch { kernel, operands, results, scalars, launch: Some(shape) }
+            }
+            (Some(spec), Some(Selected::Library { library, call, workspace_bytes })) => {
+                let implementation =
+                    Implementation::Library { library: *library, version: String::new(), call: call.clone() };
+                let kernel = self.kernel(spec, node.op.name(), |_| implementation);
+                let workspace = schedule.workspaces.get(&index).map(|&offset| Place {
+                    ty: TensorType::new(DType::U8, &[*workspace_bytes]),
+                    at: Argument::Arena { offset },
+                });
+                Action::Library { kernel, operands, results, workspace, algorithm: vec![] }
+            }
         };
-        let names = node.origin.iter().filter(|name| !name.is_empty());
-        let origin = names.map(|name| self.name(name)).collect();
-        Ok(Step { action, stream: 0, waits: vec![], origin, cost: cost::node(graph, node, self.target) })
+        let mut origin = Vec::new();
+        for name in region.nodes.iter().flat_map(|&id| graph.node(id).origin.iter()).filter(|name| !name.is_empty()) {
+            let name = self.name(name);
+            if !origin.contains(&name) {
+                origin.push(name);
+            }
+        }
+        Ok(Step { action, stream: 0, waits: vec![], origin, cost: cost::region(graph, region, self.target) })
     }
 
-    fn kernel(&mut self, spec: Spec, op: &str) -> u32 {
-        if let Some(&known) = self.kernel_index.get(&spec) {
+    /// Whether the host executes this plan.
+    fn on_host(&self) -> bool {
+        self.target.device.architecture == CPU
+    }
+
+    /// The kernel of that specification; `implementation` is asked once for each.
+    fn kernel(&mut self, spec: &Spec, name: &str, implementation: impl FnOnce(&mut Self) -> Implementation) -> u32 {
+        if let Some(&known) = self.kernel_index.get(spec) {
             return known;
         }
         let index = self.kernels.len() as u32;
-        let name = format!("{op}_{index}");
+        let name = format!("{name}_{index}");
         self.kernel_index.insert(spec.clone(), index);
-        self.kernels.push(Kernel { name, spec, implementation: Implementation::Reference });
+        let implementation = implementation(self);
+        self.kernels.push(Kernel { name, spec: spec.clone(), implementation });
         index
+    }
+
+    /// Where the kernel's machine code will be: sources that are the same share it.
+    fn code(&mut self, launch: &Launch) -> Implementation {
+        let source = KernelSource { symbol: launch.symbol.clone(), source: launch.source.clone() };
+        let known = self.sources.iter().position(|known| *known == source);
+        let code = known.unwrap_or_else(|| {
+            self.sources.push(source);
+            self.sources.len() - 1
+        });
+        Implementation::Cuda { code: code as u32, symbol: launch.symbol.clone() }
     }
 
     fn name(&mut self, name: &str) -> u32 {
@@ -295,39 +383,6 @@ impl Lowering<'_> {
         };
         shard.placement.splits.iter().map(dim).collect()
     }
-}
-
-/// What a node's kernel reads, and what it does first to its second operand: nodes that the schedule has absorbed.
-fn sources<'a>(graph: &'a Graph, schedule: &Schedule, node: &Node) -> (Vec<ValueId>, Vec<&'a Op>) {
-    let (mut sources, mut layout) = (node.operands.clone(), Vec::new());
-    while let Some(operand) = sources.get_mut(1)
-        && let ValueDef::Node(id, _) = graph.value(*operand).def
-        && schedule.absorbed[id.index()]
-    {
-        layout.push(&graph.node(id).op);
-        *operand = graph.node(id).operands[0];
-    }
-    layout.reverse();
-    (sources, layout)
-}
-
-/// The node's primitive, after those that undo the layout of its second operand.
-fn specification(node: &Node, types: Vec<TensorType>, layout: &[&Op]) -> Result<Spec, String> {
-    if layout.is_empty() {
-        return Spec::of(node.op.clone(), types);
-    }
-    let inputs = types.len() as u32;
-    let mut spec = Spec { inputs: types, nodes: Vec::new(), results: Vec::new() };
-    let mut second = 1;
-    for (&op, defined) in layout.iter().zip(inputs..) {
-        spec.nodes.push(SpecNode { op: op.clone(), operands: vec![second] });
-        second = defined;
-    }
-    let mut operands: Vec<u32> = (0..inputs).collect();
-    operands[1] = second;
-    spec.nodes.push(SpecNode { op: node.op.clone(), operands });
-    spec.results = vec![second + 1];
-    spec.types().map(|_| spec)
 }
 
 /// Gives every distinct part of a weight its place in the weights section, in the order in which ranks read them.

@@ -6,7 +6,7 @@ use planfile::{DType, Target};
 
 use crate::error::PassError;
 use crate::shard::{self, ShardOptions};
-use crate::{fuse, precision, select, simplify};
+use crate::{biases, exchange, fuse, layout, precision, recognise, select, simplify};
 
 /// One row of the pipeline: a function over the module, by value, so that nobody sees a half-rewritten one.
 #[derive(Clone, Copy, Debug)]
@@ -18,9 +18,13 @@ pub struct Pass {
 /// From the imported module to the one that is scheduled.
 pub const PIPELINE: &[Pass] = &[
     Pass { name: "simplify", run: simplify::run },
+    Pass { name: "recognise", run: recognise::run },
     Pass { name: "precision", run: precision::run },
     Pass { name: "shard", run: shard::run },
     Pass { name: "fuse", run: fuse::run },
+    Pass { name: "biases", run: biases::run },
+    Pass { name: "layout", run: layout::run },
+    Pass { name: "exchange", run: exchange::run },
     Pass { name: "select", run: select::run },
 ];
 
@@ -44,6 +48,8 @@ pub struct Options {
     pub print_after: Option<String>,
     /// Element type to convert the model to; as the model says if none.
     pub dtype: Option<DType>,
+    /// Whether products of `f32` may round their operands to TF32, where the device is faster so.
+    pub allow_tf32: bool,
 }
 
 impl Options {

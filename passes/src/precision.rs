@@ -20,7 +20,7 @@
 //!
 //! A model that has half types itself is read as if it were in `f32` first, so `f32` undoes them.
 
-mod cast;
+pub(crate) mod cast;
 mod demand;
 mod rebuild;
 mod weights;

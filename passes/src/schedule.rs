@@ -5,10 +5,11 @@
 
 use std::collections::BTreeMap;
 
-use ir::{Graph, Module, Node, ValueDef, ValueId};
-use planfile::Op;
+use ir::{Graph, Module, ValueDef, ValueId};
+use kernels::cuda::Selected;
 
 use crate::error::PassError;
+use crate::regions::{Devices, Region, is_view, regions};
 
 /// A sharded module whose graphs have memory.
 #[derive(Clone, Debug)]
@@ -27,79 +28,34 @@ pub struct Schedule {
     pub offsets: BTreeMap<ValueId, u64>,
     /// Outputs that are copied because their memory is not the graph's to give away, and the copies' offsets.
     pub copies: BTreeMap<ValueId, u64>,
-    /// For each node, whether it is part of the kernel that reads its result, see [`absorbed`].
-    pub absorbed: Vec<bool>,
+    /// For each node, the step that ends with it, if one does.
+    pub regions: Vec<Option<Region>>,
+    /// Offsets of what libraries reserve, by the node that their step ends with.
+    pub workspaces: BTreeMap<usize, u64>,
     pub arena_bytes: u64,
 }
 
 /// Offsets are multiples of this, which suits every vector load and bulk copy.
 pub const ALIGN: u64 = 256;
 
-/// Whether the node is only another view of its operand.
-pub fn is_view(node: &Node) -> bool {
-    matches!(node.op, Op::Reshape { .. })
-}
-
-/// For each node, whether it undoes the layout of a weight for a product: a chain that starts with the transposition of
-/// a weight, each link read by the next alone, the last by the product. The product's kernel does that on the way.
-pub fn absorbed(graph: &Graph) -> Vec<bool> {
-    let mut readers: Vec<Vec<usize>> = vec![Vec::new(); graph.values.len()];
-    for (index, node) in graph.nodes.iter().enumerate() {
-        node.operands.iter().for_each(|operand| readers[operand.index()].push(index));
-    }
-    for output in &graph.outputs {
-        // Read by nobody in particular, and by more than one.
-        readers[output.value.index()].extend([usize::MAX; 2]);
-    }
-    let mut absorbed = vec![false; graph.nodes.len()];
-    for (index, node) in graph.nodes.iter().enumerate() {
-        absorbed[index] = match (&node.op, node.operands.as_slice()) {
-            (Op::Transpose { .. }, &[operand]) => matches!(graph.value(operand).def, ValueDef::Weight(_)),
-            (Op::Reshape { .. } | Op::Slice { .. }, &[operand]) => match graph.value(operand).def {
-                ValueDef::Node(before, _) => absorbed[before.index()],
-                _ => false,
-            },
-            _ => false,
-        };
-    }
-    for index in (0..graph.nodes.len()).rev() {
-        let [result] = graph.nodes[index].results.as_slice() else { continue };
-        let [reader] = readers[result.index()].as_slice() else {
-            absorbed[index] = false;
-            continue;
-        };
-        let product = graph.nodes.get(*reader).is_some_and(|node| {
-            matches!(node.op, Op::Dot { .. } | Op::Conv { .. }) && node.operands.get(1) == Some(result)
-        });
-        absorbed[index] &= product || absorbed.get(*reader) == Some(&true);
-    }
-    // What follows a link that is not part of a chain is not, either.
-    for (index, node) in graph.nodes.iter().enumerate() {
-        if let (true, Some(&operand)) = (absorbed[index], node.operands.first())
-            && let ValueDef::Node(before, _) = graph.value(operand).def
-        {
-            absorbed[index] = absorbed[before.index()];
-        }
-    }
-    absorbed
-}
-
 /// Gives every graph of the module memory.
 ///
 /// # Errors
-/// [`PassError::Unsupported`] where an arena would exceed 2⁶³ bytes.
-pub fn run(module: Module) -> Result<Scheduled, PassError> {
-    let schedules = module.graphs.iter().map(schedule).collect::<Option<_>>();
-    let schedules = schedules.ok_or_else(|| PassError::Unsupported {
-        node: module.name.clone(),
-        op: "an arena of more than 2^63 bytes".to_owned(),
-        hint: "compile for smaller dimensions".to_owned(),
-    })?;
+/// [`PassError::Unsupported`] where an arena would exceed 2⁶³ bytes; what [`regions`] reports.
+pub fn run(module: Module, devices: &Devices) -> Result<Scheduled, PassError> {
+    let mut schedules = Vec::with_capacity(module.graphs.len());
+    for graph in &module.graphs {
+        let regions = regions(graph, devices)?;
+        schedules.push(schedule(graph, regions).ok_or_else(|| PassError::Unsupported {
+            node: module.name.clone(),
+            op: "an arena of more than 2^63 bytes".to_owned(),
+            hint: "compile for smaller dimensions".to_owned(),
+        })?);
+    }
     Ok(Scheduled { module, schedules })
 }
 
-fn schedule(graph: &Graph) -> Option<Schedule> {
-    let absorbed = absorbed(graph);
+fn schedule(graph: &Graph, regions: Vec<Option<Region>>) -> Option<Schedule> {
     let mut root: Vec<ValueId> = (0..graph.values.len() as u32).map(ValueId).collect();
     for node in graph.nodes.iter().filter(|node| is_view(node)) {
         root[node.results[0].index()] = root[node.operands[0].index()];
@@ -109,7 +65,8 @@ fn schedule(graph: &Graph) -> Option<Schedule> {
     // The last node that reads each root; outputs are read after all of them.
     let mut last_use = vec![0; graph.values.len()];
     for (index, node) in graph.nodes.iter().enumerate() {
-        for &value in node.operands.iter().chain(&node.results) {
+        let inputs = regions[index].as_ref().map_or(&[][..], |region| &region.inputs);
+        for &value in inputs.iter().chain(&node.results) {
             last_use[root[value.index()].index()] = index;
         }
     }
@@ -126,16 +83,22 @@ fn schedule(graph: &Graph) -> Option<Schedule> {
         expiring[last].push(ValueId(index as u32));
     }
     let mut arena = Arena::default();
-    let mut offsets = BTreeMap::new();
+    let (mut offsets, mut workspaces) = (BTreeMap::new(), BTreeMap::new());
     let inputs = (0..graph.values.len() as u32).map(ValueId);
     for input in inputs.filter(|&value| matches!(graph.value(value).def, ValueDef::Input(_))) {
         offsets.insert(input, arena.take(graph.ty(input).bytes()?)?);
     }
     for (index, node) in graph.nodes.iter().enumerate() {
-        if !is_view(node) && !absorbed[index] {
+        if regions[index].is_some() {
             for &result in &node.results {
                 offsets.insert(result, arena.take(graph.ty(result).bytes()?)?);
             }
+        }
+        let selected = regions[index].as_ref().and_then(|region| region.selected.as_ref());
+        if let Some(Selected::Library { workspace_bytes: bytes @ 1.., .. }) = selected {
+            let offset = arena.take(*bytes)?;
+            workspaces.insert(index, offset);
+            arena.give(offset, *bytes);
         }
         for &value in &expiring[index] {
             // Inputs that no node reads expire with the first node, like those it reads last.
@@ -151,7 +114,7 @@ fn schedule(graph: &Graph) -> Option<Schedule> {
     for value in copied {
         copies.insert(value, arena.take(graph.ty(value).bytes()?)?);
     }
-    Some(Schedule { root, offsets, copies, absorbed, arena_bytes: arena.top })
+    Some(Schedule { root, offsets, copies, regions, workspaces, arena_bytes: arena.top })
 }
 
 /// Free memory by offset, and how far the arena reaches.
@@ -214,53 +177,6 @@ mod tests {
         arena.give(b, 512);
         assert_eq!(arena.take(700).unwrap(), 0);
         assert_eq!(arena.top, 1024);
-    }
-
-    #[track_caller]
-    fn check_absorbed(text: &str, expected: &[bool]) {
-        let module = ir::text::parse_lines(text).unwrap();
-        assert_eq!(absorbed(&module.graphs[0]), expected);
-    }
-
-    #[test]
-    fn chains_from_a_weight_to_a_product_are_absorbed() {
-        check_absorbed(
-            "%x: f32[4, 8]
-             %w: f32[6, 8] = weight file 0 at 0
-             %t = transpose %w [1, 0]
-             %s: f32[8, 4] = slice %t {starts [0, 1], steps [1, 1]}
-             %y = dot %x, %s {contract [1]x[0]}
-             return %y",
-            &[true, true, false],
-        );
-    }
-
-    #[test]
-    fn a_chain_with_other_readers_is_not() {
-        // The transposed weight is read twice: what follows it must not be part of a kernel that would keep reading it.
-        check_absorbed(
-            "%x: f32[4, 8]
-             %w: f32[6, 8] = weight file 0 at 0
-             %t = transpose %w [1, 0]
-             %a: f32[8, 3] = slice %t {starts [0, 0], steps [1, 1]}
-             %b: f32[8, 3] = slice %t {starts [0, 3], steps [1, 1]}
-             %y = dot %x, %a {contract [1]x[0]}
-             %z = dot %x, %b {contract [1]x[0]}
-             return %y, %z",
-            &[false; 5],
-        );
-        let leaves = "%x: f32[4, 8]
-             %w: f32[6, 8] = weight file 0 at 0
-             %t = transpose %w [1, 0]
-             %y = dot %x, %t {contract [1]x[0]}
-             return %y, %t";
-        check_absorbed(leaves, &[false, false]);
-        let left_side = "%x: f32[4, 8]
-             %w: f32[8, 6] = weight file 0 at 0
-             %t = transpose %w [1, 0]
-             %y = dot %t, %x {contract [1]x[1]}
-             return %y";
-        check_absorbed(left_side, &[false, false]);
     }
 
     #[test]

@@ -4,6 +4,8 @@ use cpu::CpuError;
 use planfile::TensorType;
 use planfile::error::PlanError;
 
+use crate::cuda::{CudaError, LibraryName};
+
 /// Why a plan could not be loaded or run: what, where, and what to do next.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -33,6 +35,48 @@ pub enum RuntimeError {
     Step { rank: u32, program: usize, step: usize, origin: Vec<String>, source: StepError },
     #[error("the plan contradicts itself: {what}; this is a bug of the compiler that wrote it, report it")]
     Contradiction { what: String },
+    #[error(transparent)]
+    Cuda(#[from] CudaError),
+    #[error("rank {rank}: {source}")]
+    Rank { rank: u32, source: CudaError },
+    #[error("the plan is compiled for `{architecture}`, not for GPUs: run it with `--devices cpu`, or compile it anew")]
+    NotForGpus { architecture: String },
+    #[error(
+        "the plan needs {ranks} GPUs, this process may use {found}; compile it for fewer with --gpus, look at \
+         CUDA_VISIBLE_DEVICES, or replay it on the CPU with `--devices cpu`"
+    )]
+    TooFewGpus { ranks: u32, found: u32 },
+    #[error(
+        "the plan has {ranks} ranks, and {given} GPU{} given; give one for each rank",
+        if *given == 1 { " is" } else { "s are" }
+    )]
+    GpuCount { ranks: u32, given: usize },
+    #[error("there is no GPU {ordinal}: this process may use {found}, counted from 0; `plan doctor` lists them")]
+    NoSuchGpu { ordinal: u32, found: u32 },
+    #[error("GPU {ordinal} is given twice; each rank needs one of its own")]
+    SameGpu { ordinal: u32 },
+    #[error(
+        "the plan is compiled for {architecture}, which GPU {ordinal} ({name}, compute capability {}.{}) cannot run; \
+         compile it for this GPU", capability.0, capability.1
+    )]
+    Architecture { ordinal: u32, name: String, capability: (u32, u32), architecture: String },
+    #[error(
+        "rank {rank} needs {needed} bytes on GPU {ordinal}, of whose {total} bytes {free} are free: {} are missing; \
+         another process may hold them (`nvidia-smi` shows which), or compile the plan for more GPUs",
+        needed.saturating_sub(*free)
+    )]
+    GpuMemory { rank: u32, ordinal: u32, needed: u64, free: u64, total: u64 },
+    #[error(
+        "the plan was made with {library} {recorded}, this machine has {found}: install that version, compile the plan \
+         anew, or accept other choices and last bits by leaving out --strict"
+    )]
+    OtherVersion { library: LibraryName, recorded: String, found: String },
+    #[error("an earlier run of this context failed; make a new one")]
+    Broken,
+    #[error("{what} is for plans on GPUs")]
+    OnlyOnGpus { what: &'static str },
+    #[error("the thread of rank {rank} could not be started: {source}")]
+    Thread { rank: u32, source: std::io::Error },
     #[error("rank {rank} stopped in an unforeseen way; this is a bug, report it with the plan")]
     Panicked { rank: u32 },
 }
@@ -45,6 +89,10 @@ pub enum StepError {
     Cpu(#[from] CpuError),
     #[error("{what} is not executed on virtual devices; compile for the target `cpu`")]
     Unsupported { what: &'static str },
+    #[error("{what} is not executed on GPUs; replay the plan on the CPU with `--devices cpu`")]
+    UnsupportedOnGpu { what: &'static str },
+    #[error(transparent)]
+    Cuda(#[from] CudaError),
     #[error(
         "a value inside of its kernel takes {bytes} bytes, more than there is memory; use a machine with more of it"
     )]

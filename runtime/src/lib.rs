@@ -17,16 +17,23 @@
 //!
 //! Virtual devices are threads on the CPU, one per rank, which execute what each step's kernel says it computes, at the
 //! planned offsets, with real exchanges between them.
+//!
+//! With [`Devices::Cuda`], ranks are GPUs: each entry is one CUDA graph per rank and program, collectives included, and
+//! the same call to [`Context::run`] copies inputs and outputs through page-locked memory. The driver, cuBLASLt, cuDNN
+//! and NCCL are opened where a plan needs them; see [`cuda`]. [`Devices::of`] is what a plan was compiled for.
 
+pub mod check;
 #[cfg(feature = "cli")]
 pub mod cli;
 pub mod compare;
+pub mod cuda;
 mod error;
 mod exchange;
 pub mod image;
 mod memory;
 pub mod npz;
 mod pieces;
+mod ports;
 mod random;
 pub mod refit;
 mod session;

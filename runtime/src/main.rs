@@ -1,14 +1,13 @@
-//! The binary `plan`: runs, times, inspects, verifies, compares and refits plans.
+//! The binary `plan`: runs, times, checks, inspects, verifies, compares and refits plans, and examines a machine.
 
-use std::num::NonZero;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 use planfile::{PlanError, PlanFile, diff};
 use runtime::cli::{
-    BenchFlags, Data, Exit, Failure, Shell, ToleranceFlags, bench, bytes_bar, completions, finish, print, run,
-    summary_text,
+    BenchFlags, Data, DeviceFlags, Exit, Failure, Shell, ToleranceFlags, bench, bytes_bar, check, completions, doctor,
+    finish, print, run, summary_text,
 };
 use runtime::refit::{Sources, refit};
 use runtime::tensor_file::TestData;
@@ -17,7 +16,8 @@ use serde_json::json;
 /// Runs, times, inspects, verifies, compares and refits plans that `compile` wrote.
 ///
 /// Exit codes: 0 success; 1 beyond the tolerance, verification failed, or plans differ; 2 wrong command line; 3 invalid
-/// plan or input; 4 a file could not be read or written; 70 internal error.
+/// plan or input; 4 a file could not be read or written; 5 a driver, library or GPU is missing or does not fit; 70
+/// internal error.
 #[derive(Parser)]
 #[command(name = "plan", version)]
 struct Arguments {
@@ -27,7 +27,7 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Runs a plan on virtual devices, one thread per device
+    /// Runs a plan on GPUs or on virtual devices, one per rank
     Run {
         plan: PathBuf,
         /// Which entry; needed where there are several
@@ -44,14 +44,13 @@ enum Command {
         test_data: Option<PathBuf>,
         #[command(flatten)]
         tolerance: ToleranceFlags,
-        /// Threads of each virtual device; without it, they share the cores
-        #[arg(long, value_name = "N")]
-        threads: Option<NonZero<usize>>,
+        #[command(flatten)]
+        devices: DeviceFlags,
         /// The report for programs
         #[arg(long)]
         json: bool,
     },
-    /// Times runs of a plan on virtual devices: median, least, 99th percentile
+    /// Times runs of a plan: median, least, 99th percentile
     Bench {
         plan: PathBuf,
         /// Which entry; needed where there are several
@@ -62,9 +61,35 @@ enum Command {
         inputs: Option<PathBuf>,
         #[command(flatten)]
         flags: BenchFlags,
-        /// Threads of each virtual device; without it, they share the cores
-        #[arg(long, value_name = "N")]
-        threads: Option<NonZero<usize>>,
+        #[command(flatten)]
+        devices: DeviceFlags,
+        /// The report for programs
+        #[arg(long)]
+        json: bool,
+    },
+    /// Runs each step on GPUs and compares it with its specification on the CPU, on the same operands
+    Check {
+        plan: PathBuf,
+        /// Which entry; needed where there are several
+        #[arg(long, value_name = "NAME")]
+        entry: Option<String>,
+        /// Inputs by name; without them or --test-data, random ones as for `run`
+        #[arg(long, value_name = "FILE.npz", conflicts_with = "test_data")]
+        inputs: Option<PathBuf>,
+        /// Folder with input_0.pb, …
+        #[arg(long, value_name = "DIR")]
+        test_data: Option<PathBuf>,
+        /// A plan of the same model, such as one in f32, that the CPU runs: how far the outputs are from its
+        #[arg(long, value_name = "OTHER.plan")]
+        reference: Option<PathBuf>,
+        #[command(flatten)]
+        devices: DeviceFlags,
+        /// The report for programs
+        #[arg(long)]
+        json: bool,
+    },
+    /// Shows driver, libraries and GPUs, what is missing and how to get it
+    Doctor {
         /// The report for programs
         #[arg(long)]
         json: bool,
@@ -117,7 +142,7 @@ fn main() -> ExitCode {
 
 fn execute(command: Command) -> Result<Exit, Failure> {
     match command {
-        Command::Run { plan, entry, inputs, outputs, test_data, tolerance, threads, json } => {
+        Command::Run { plan, entry, inputs, outputs, test_data, tolerance, devices, json } => {
             let test_data = test_data.map(|folder| TestData::read(&folder)).transpose()?;
             let data = match (&inputs, &test_data) {
                 (Some(path), _) => Data::Npz(path),
@@ -125,15 +150,32 @@ fn execute(command: Command) -> Result<Exit, Failure> {
                 (None, None) => Data::Random,
             };
             let file = PlanFile::open(&plan)?;
-            let report = run(file, entry.as_deref(), data, outputs.as_deref(), tolerance.into(), threads)?;
+            let report = run(file, entry.as_deref(), data, outputs.as_deref(), tolerance.into(), &devices)?;
             print(&if json { format!("{:#}\n", json!(report)) } else { report.text() })?;
             Ok(report.exit())
         }
-        Command::Bench { plan, entry, inputs, flags, threads, json } => {
+        Command::Bench { plan, entry, inputs, flags, devices, json } => {
             let data = inputs.as_deref().map_or(Data::Random, Data::Npz);
-            let report = bench(PlanFile::open(&plan)?, entry.as_deref(), data, threads, flags)?;
+            let report = bench(PlanFile::open(&plan)?, entry.as_deref(), data, &devices, flags)?;
             print(&if json { format!("{:#}\n", json!(report)) } else { report.text() })?;
             Ok(Exit::Success)
+        }
+        Command::Check { plan, entry, inputs, test_data, reference, devices, json } => {
+            let test_data = test_data.map(|folder| TestData::read(&folder)).transpose()?;
+            let data = match (&inputs, &test_data) {
+                (Some(path), _) => Data::Npz(path),
+                (None, Some(data)) => Data::TestData(data),
+                (None, None) => Data::Random,
+            };
+            let reference = reference.map(|path| PlanFile::open(&path)).transpose()?;
+            let report = check(PlanFile::open(&plan)?, entry.as_deref(), data, &devices, reference)?;
+            print(&if json { format!("{:#}\n", json!(report)) } else { report.text() })?;
+            Ok(report.exit())
+        }
+        Command::Doctor { json } => {
+            let report = doctor();
+            print(&if json { format!("{:#}\n", json!(report)) } else { report.text() })?;
+            Ok(report.exit())
         }
         Command::Inspect { plan, json, text } => {
             let file = PlanFile::open(&plan)?;

@@ -14,7 +14,8 @@ use rayon::ThreadPool;
 use crate::error::{RuntimeError, StepError};
 use crate::exchange::{Exchange, Meeting, Route};
 use crate::memory::Memory;
-use crate::pieces::{Part, is_repeated};
+use crate::pieces::is_repeated;
+use crate::ports::{PartOf, Piece, assemble, misfit, names_of};
 use crate::spec::run_spec;
 
 /// Runs an entry on all ranks. `inputs` are whole tensors in the order of the entry's ports, of their types; `devices` and
@@ -31,7 +32,7 @@ pub(crate) fn run_entry(
     observe: Observer<'_>,
 ) -> Result<Vec<Tensor>, RuntimeError> {
     let exchange = Exchange::default();
-    let outcomes: Vec<Result<Vec<Piece>, RuntimeError>> = thread::scope(|scope| {
+    let outcomes: Vec<Result<Vec<Piece<Vec<u8>>>, RuntimeError>> = thread::scope(|scope| {
         let mut threads = Vec::new();
         for ((rank, memory), weights) in (0u32..).zip(devices).zip(weights) {
             let device = Device { plan, entry, inputs, rank, exchange: &exchange, observe };
@@ -83,65 +84,6 @@ pub struct StepTime {
 /// Told after each step how long it took, by all ranks' threads.
 pub(crate) type Observer<'a> = Option<&'a (dyn Fn(StepTime) + Sync)>;
 
-/// What one rank holds of an output.
-struct Piece {
-    program: usize,
-    /// Position among the program's outputs.
-    binding: usize,
-    /// Position of the rank among the stage's.
-    position: usize,
-    bytes: Vec<u8>,
-}
-
-/// Puts outputs together from what the ranks hold.
-fn assemble(plan: &Plan, entry: &PlanEntry, pieces: Vec<Piece>) -> Result<Vec<Tensor>, RuntimeError> {
-    let contradiction = |what: String| RuntimeError::Contradiction { what };
-    let mut outputs = Vec::with_capacity(entry.outputs.len());
-    for port in &entry.outputs {
-        let bytes = port.ty.bytes().unwrap_or(u64::MAX);
-        let data = crate::memory::allocate(bytes, || format!("output `{}`", port.name))?;
-        outputs.push((Tensor { ty: port.ty.clone(), data }, 0usize));
-    }
-    for piece in pieces {
-        let binding = &plan.programs[piece.program].outputs[piece.binding];
-        let Some((output, copied)) = outputs.get_mut(binding.port as usize) else {
-            return Err(contradiction(format!("there is no output number {}", binding.port)));
-        };
-        let part = PartOf::new(&output.ty, binding);
-        let bytes = part.at(piece.position).gather(&piece.bytes, output.data.bytes_mut());
-        *copied += bytes.ok_or_else(|| contradiction(misfit("output", binding)))?;
-    }
-    for ((output, copied), port) in outputs.iter().zip(&entry.outputs) {
-        if *copied != output.data.len() {
-            let expected = output.data.len();
-            return Err(contradiction(format!("ranks hold {copied} bytes of output `{}` of {expected}", port.name)));
-        }
-    }
-    Ok(outputs.into_iter().map(|(output, _)| output).collect())
-}
-
-fn misfit(what: &str, binding: &Binding) -> String {
-    format!("the split of {what} {} does not fit its sizes", binding.port)
-}
-
-/// Sizes of a port and of its binding, whichever rank's.
-struct PartOf<'a> {
-    whole: Vec<u64>,
-    local: Vec<u64>,
-    binding: &'a Binding,
-}
-
-impl<'a> PartOf<'a> {
-    fn new(ty: &TensorType, binding: &'a Binding) -> Self {
-        Self { whole: ty.sizes(), local: binding.place.ty.sizes(), binding }
-    }
-
-    fn at(&self, position: usize) -> Part<'_> {
-        let element_bytes = self.binding.place.ty.dtype.bytes();
-        Part { whole: &self.whole, local: &self.local, splits: &self.binding.splits, position, element_bytes }
-    }
-}
-
 /// One rank and what it can see.
 #[derive(Clone, Copy)]
 struct Device<'a> {
@@ -155,7 +97,7 @@ struct Device<'a> {
 
 impl Device<'_> {
     /// Runs the stages that this rank is in; what it holds of the outputs, unless a rank before it holds the same.
-    fn run(self, arena: &mut [u8], weights: &[u8]) -> Result<Vec<Piece>, RuntimeError> {
+    fn run(self, arena: &mut [u8], weights: &[u8]) -> Result<Vec<Piece<Vec<u8>>>, RuntimeError> {
         let watch = self.exchange.watch();
         let mut pieces = Vec::new();
         let mut memory = Memory { arena, weights };
@@ -172,7 +114,7 @@ impl Device<'_> {
                     rank: self.rank,
                     program: index,
                     step: number,
-                    origin: self.names(step),
+                    origin: names_of(self.plan, step),
                     source,
                 })?;
                 if let Some(observe) = self.observe {
@@ -188,11 +130,6 @@ impl Device<'_> {
         }
         watch.finished();
         Ok(pieces)
-    }
-
-    fn names(&self, step: &Step) -> Vec<String> {
-        let names = &self.plan.explanations.names;
-        step.origin.iter().filter_map(|&name| names.get(name as usize)).cloned().collect()
     }
 
     fn at_port(&self, binding: &Binding, source: &StepError) -> RuntimeError {
@@ -296,7 +233,7 @@ fn copy(from: &[u8], to: &mut ViewMut<'_>) -> Result<(), StepError> {
 }
 
 /// All parts combined in order.
-fn combined(how: planfile::Combine, ty: &TensorType, parts: Vec<Buffer>) -> Result<Buffer, StepError> {
+pub(crate) fn combined(how: planfile::Combine, ty: &TensorType, parts: Vec<Buffer>) -> Result<Buffer, StepError> {
     let mut parts = parts.into_iter();
     let mut whole = parts.next().unwrap_or_default();
     for part in parts {
@@ -307,7 +244,7 @@ fn combined(how: planfile::Combine, ty: &TensorType, parts: Vec<Buffer>) -> Resu
 
 /// Takes what the `member`-th rank gets out of what the group brought: `parts` are all operands in order, or their
 /// combination.
-fn receive(
+pub(crate) fn receive(
     op: &Op,
     ty: &TensorType,
     parts: &[Buffer],

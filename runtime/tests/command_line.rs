@@ -10,6 +10,7 @@ use std::process::{Command, Output};
 use planfile::fingerprint::{Fingerprint, decisive, digest};
 use planfile::plan::*;
 use planfile::{DType, Expr, Op, PlanError, Recipe, Source, SourceFile, Spec, Tensor, TensorType, Unary, write_plan};
+use runtime::cuda::LibraryName;
 use runtime::npz::{read_npz, write_npz};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -96,6 +97,10 @@ impl Desk {
 
     fn plan(&self, arguments: &[&str]) -> Ended {
         let mut command = Command::new(env!("CARGO_BIN_EXE_plan"));
+        // As on a machine without CUDA: the file that a variable names is the only one tried.
+        for library in LibraryName::ALL {
+            command.env(library.variable(), self.path("absent.so"));
+        }
         let Output { status, stdout, stderr } = command.args(arguments).current_dir(self.0.path()).output().unwrap();
         let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
         let (out, err) = (text(stdout), text(stderr));
@@ -244,6 +249,62 @@ fn damaged_plans_are_refused() {
         let json: Value = serde_json::from_str(&verdict.out).unwrap();
         assert_eq!((verdict.code, &json["sound"]), (1, &Value::Bool(false)));
     }
+}
+
+#[test]
+fn plans_for_gpus_need_a_driver_or_virtual_devices() {
+    let desk = Desk::new();
+    let mut plan = negation();
+    plan.manifest.target.architecture = "sm_90a".to_owned();
+    write_plan::<PlanError>(&desk.path("gpu.plan"), &plan, |_| Ok(())).unwrap();
+    let words = ["the CUDA driver was not found", "absent.so", "PLANWRIGHT_CUDA_DRIVER", "--devices cpu"];
+    for command in ["run", "bench", "check"] {
+        desk.plan(&[command, "gpu.plan"]).fails(5, &words);
+    }
+    desk.plan(&["run", "gpu.plan", "--devices", "cuda"]).fails(5, &words);
+    desk.plan(&["run", "gpu.plan", "--devices", "cuda:1,0"]).fails(5, &words);
+    desk.plan(&["run", "gpu.plan", "--devices", "cuda:0,0"]).fails(2, &["GPU 0 is given twice"]);
+    desk.plan(&["run", "gpu.plan", "--devices", "cuda:1,1"]).fails(2, &["GPU 1 is given twice"]);
+    desk.plan(&["run", "gpu.plan", "--devices", "cuda:0,x"]).fails(2, &["`x` is no number of a GPU"]);
+    desk.plan(&["run", "gpu.plan", "--devices", "cuda:0"]).fails(2, &["2 ranks", "1 GPU is given"]);
+    desk.plan(&["run", "gpu.plan", "--devices", "tpu"]).fails(2, &["`tpu` is none of `cpu`, `cuda`"]);
+    assert!(desk.plan(&["run", "gpu.plan", "--devices", "cpu"]).succeeds().contains("on virtual devices"));
+}
+
+/// There is nothing to check where the specification itself is executed.
+#[test]
+fn plans_on_the_cpu_are_not_checked_against_it() {
+    let desk = Desk::new();
+    desk.plan(&["check", "x.plan"]).fails(2, &["compares GPUs with the CPU", "--target", "--test-data"]);
+    desk.plan(&["check", "x.plan", "--devices", "cpu"]).fails(2, &["compares GPUs with the CPU"]);
+    desk.plan(&["check", "none.plan"]).fails(4, &["none.plan"]);
+}
+
+#[test]
+fn the_doctor_names_what_is_missing() {
+    let desk = Desk::new();
+    let libraries = LibraryName::ALL;
+    let ended = desk.plan(&["doctor"]);
+    assert_eq!((ended.code, ended.err.as_str()), (5, ""), "{}", ended.out);
+    for library in libraries {
+        let said: Vec<&str> = ended.out.lines().filter(|line| line.contains(library.advice())).collect();
+        let [line] = said[..] else { panic!("{library}: {said:?} in\n{}", ended.out) };
+        assert!(line.starts_with(&format!("- {library} was not found")) && line.contains(library.variable()), "{line}");
+        let row = ended.out.lines().find(|line| line.contains(&library.to_string()) && line.contains("missing"));
+        assert!(row.is_some(), "{library} has no row in\n{}", ended.out);
+    }
+    assert!(!ended.out.contains("nothing is missing"), "{}", ended.out);
+    let ended = desk.plan(&["doctor", "--json"]);
+    let report: Value = serde_json::from_str(&ended.out).unwrap();
+    assert_eq!((ended.code, &report["gpus"]), (5, &Value::Array(vec![])));
+    let findings = report["libraries"].as_array().unwrap();
+    assert_eq!(findings.len(), libraries.len());
+    for (finding, library) in findings.iter().zip(libraries) {
+        assert_eq!(finding["library"], library.to_string());
+        assert!(finding["path"].is_null() && finding["version"].is_null(), "{finding}");
+        assert!(finding["missing"].as_str().unwrap().contains("absent.so"), "{finding}");
+    }
+    assert!(report["trouble"].as_str().unwrap().contains("the CUDA driver"), "{report}");
 }
 
 #[test]

@@ -49,22 +49,34 @@ fn row_in_time(case: &Case) -> Row {
     })
 }
 
-/// Runs the cases on as many threads as there are cores; rows in the order of the cases.
-fn run_all(cases: &[Case]) -> Vec<Row> {
+/// Does the work for each case on as many threads as there are cores, 16 at most; results in the order of the cases.
+fn each<T>(cases: &[Case], work: impl Fn(&Case) -> T + Sync) -> Vec<T>
+where
+    T: Send,
+{
     let next = AtomicUsize::new(0);
-    let rows = Mutex::new(Vec::new());
+    let results = Mutex::new(Vec::new());
     let work = || {
-        while let Some(case) = cases.get(next.fetch_add(1, Ordering::Relaxed)) {
-            let row = row_in_time(case);
-            rows.lock().unwrap_or_else(PoisonError::into_inner).push(row);
+        loop {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            let Some(case) = cases.get(index) else { break };
+            let result = work(case);
+            results.lock().unwrap_or_else(PoisonError::into_inner).push((index, result));
         }
     };
     thread::scope(|scope| {
-        for _ in 0..thread::available_parallelism().map_or(1, usize::from) {
+        for _ in 0..thread::available_parallelism().map_or(1, usize::from).min(16) {
             scope.spawn(work);
         }
     });
-    let mut rows = rows.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let mut results = results.into_inner().unwrap_or_else(PoisonError::into_inner);
+    results.sort_by_key(|(index, _)| *index);
+    results.into_iter().map(|(_, result)| result).collect()
+}
+
+/// Rows in the order of the cases' names.
+fn run_all(cases: &[Case]) -> Vec<Row> {
+    let mut rows = each(cases, row_in_time);
     rows.sort_by(|a, b| a.case.name.cmp(&b.case.name));
     rows
 }
@@ -101,6 +113,29 @@ fn node_tests() {
         differences.len(),
         differences.join("\n")
     );
+}
+
+/// Every case that passes on the CPU passes on a GPU. `CONFORMANCE_ONLY` picks some here, too.
+#[test]
+#[ignore = "needs a CUDA GPU, cuBLASLt, cuDNN and NVRTC"]
+fn node_tests_on_a_gpu() {
+    let part = env::var("CONFORMANCE_ONLY").unwrap_or_default();
+    let committed = table::parse_rows(&read("results.tsv"));
+    let passing = committed.into_iter().filter(|row| row.outcomes[0].status == Status::Passed).map(|row| row.case);
+    let cases: Vec<Case> = passing.filter(|case| case.name.contains(&part)).collect();
+    assert!(!cases.is_empty());
+    let hook = std::panic::take_hook();
+    run::record_panics();
+    let outcomes = each(&cases, run::on_gpu);
+    std::panic::set_hook(hook);
+    let failures: Vec<String> = cases
+        .iter()
+        .zip(&outcomes)
+        .filter(|(_, outcome)| outcome.status != Status::Passed)
+        .map(|(case, outcome)| format!("{}: {} {}", case.name, outcome.status.name(), outcome.reason))
+        .collect();
+    println!("{} of {} cases pass on a GPU", cases.len() - failures.len(), cases.len());
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
 
 /// The table and its summary are of each other and of the list of cases.

@@ -146,6 +146,29 @@ fn tolerance(dtype: DType) -> Tolerance {
     }
 }
 
+/// What a case is compiled for, and run on.
+#[derive(Clone)]
+struct Machine {
+    target: Target,
+    devices: Devices,
+}
+
+/// One CUDA device.
+fn gpu() -> Machine {
+    let target = Target::from_json(include_str!("../../fixtures/targets/h200x4.json")).unwrap();
+    Machine { target, devices: Devices::Cuda { ordinals: None } }
+}
+
+/// Runs a core case on one CUDA device.
+pub(crate) fn on_gpu(case: &Case) -> Outcome {
+    let folder = suite().join(&case.name);
+    let run = |data: &TestData| run_on(&gpu(), &folder.join("model.onnx"), data, MeshChoice::Devices(1), 0);
+    match test_data(&folder.join("test_data_set_0")) {
+        Err(reason) => Outcome { status: Status::Failed, reason: shorten(&reason) },
+        Ok(data) => attempt(DEVICES[0].0, || run(&data).map(|_| Status::Passed)),
+    }
+}
+
 /// Virtual devices whose links cost nothing, so that even a small tensor is worth splitting.
 fn target() -> Target {
     let mut target = Target::from_json(include_str!("../../fixtures/targets/cpu.json")).unwrap();
@@ -156,9 +179,14 @@ fn target() -> Target {
     target
 }
 
-/// Whether something was split.
+/// Whether something was split, on virtual devices.
 fn run(model: &Path, data: &TestData, mesh: MeshChoice, batch_dim: usize) -> Result<bool, Fault> {
-    let mut request = Request::new(model, target());
+    run_on(&Machine { target: target(), devices: Devices::Virtual }, model, data, mesh, batch_dim)
+}
+
+/// Whether something was split.
+fn run_on(machine: &Machine, model: &Path, data: &TestData, mesh: MeshChoice, batch_dim: usize) -> Result<bool, Fault> {
+    let mut request = Request::new(model, machine.target.clone());
     request.samples.clone_from(&data.inputs);
     request.mesh = mesh;
     request.split_table_bytes = 0;
@@ -168,7 +196,7 @@ fn run(model: &Path, data: &TestData, mesh: MeshChoice, batch_dim: usize) -> Res
     let folder = tempfile::tempdir().map_err(failed)?;
     let path = folder.path().join("model.plan");
     compiled.write(&path, |_| {}).map_err(|error| refused_or_failed(&error))?;
-    let session = Session::load(&path, Devices::Virtual).map_err(failed)?;
+    let session = Session::load(&path, machine.devices.clone()).map_err(failed)?;
     let entry = session.entries().first().ok_or_else(|| failed("the plan has no entry"))?;
     if entry.inputs.len() != data.inputs.len() {
         return Err(failed(format!("the entry has {} inputs, not {}", entry.inputs.len(), data.inputs.len())));

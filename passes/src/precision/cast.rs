@@ -51,7 +51,7 @@ pub(super) fn free_slot(expr: &Expr) -> Option<u8> {
 }
 
 /// The operand converted: from a half type to `f32`, or from `f32` to a half type.
-pub(super) fn convert(to: DType, saturate: bool) -> Expr {
+pub(crate) fn convert(to: DType, saturate: bool) -> Expr {
     store(Expr::operand(0), to, saturate && to != DType::F32)
 }
 

@@ -7,11 +7,11 @@ use crate::error::CpuError;
 use crate::number::{Number, with_number};
 use crate::view::{is_half, narrow_half, slice, slice_mut, widen_half};
 
-/// Sums of booleans are "or", products "and": the largest and the smallest of 0 and 1.
+/// Sums of booleans are "or", the largest of 0 and 1. Minima are "and", their product, so that none give 1.
 pub(crate) fn logical(combine: Combine, dtype: DType) -> Combine {
     match (dtype, combine) {
         (DType::Bool, Combine::Sum) => Combine::Max,
-        (DType::Bool, Combine::Prod) => Combine::Min,
+        (DType::Bool, Combine::Min) => Combine::Prod,
         (_, other) => other,
     }
 }

@@ -173,7 +173,7 @@ fn arg<T: Number>(
 mod tests {
     use half::f16;
     use planfile::op::{Combine, ReduceKind};
-    use planfile::{Element, Op, Tensor};
+    use planfile::{DType, Element, Op, Tensor, TensorType};
     use proptest::prelude::*;
 
     use crate::evaluate;
@@ -201,6 +201,11 @@ mod tests {
         assert_eq!(run::<i8>(ReduceKind::Mean, &[0], &x), [0; 2]);
         let op = Op::Reduce { kind: ReduceKind::ArgMax { last: false }, axes: vec![0], keep: false };
         assert!(evaluate(&op, &[&x]).is_err());
+        let x = Tensor::from_bytes(TensorType::new(DType::Bool, &[0, 1]), &[]).unwrap();
+        for (combine, expected) in [(Combine::Sum, 0), (Combine::Prod, 1), (Combine::Max, 0), (Combine::Min, 1)] {
+            let op = Op::Reduce { kind: ReduceKind::Combine(combine), axes: vec![0], keep: false };
+            assert_eq!(evaluate(&op, &[&x]).unwrap()[0].data.bytes(), [expected], "{combine:?}");
+        }
     }
 
     #[test]

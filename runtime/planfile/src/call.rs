@@ -90,6 +90,22 @@ impl Call {
     /// What reaches outside, or is no such call at all.
     pub fn check(&self, operands: &[TensorType], results: &[TensorType]) -> Result<(), String> {
         let [result] = results else { return Err(format!("{} results, a call has one", results.len())) };
+        // Libraries read what is added with the type of the result.
+        let added = match self {
+            Self::Matmul(call) => [call.bias, call.residual],
+            Self::Convolution(call) => [call.bias, call.residual],
+        };
+        let factors = match self {
+            Self::Matmul(call) => [call.a.operand, call.b.operand],
+            Self::Convolution(call) => [call.input, call.filter],
+        };
+        let dtype = |operand: u32| operands.get(operand as usize).map(|ty| ty.dtype);
+        if let Some(odd) = added.into_iter().flatten().find(|&operand| dtype(operand) != Some(result.dtype)) {
+            return Err(format!("operand {odd} of {} is not of the result's type", operands.len()));
+        }
+        if dtype(factors[0]) != dtype(factors[1]) {
+            return Err("the factors have different types".to_owned());
+        }
         match self {
             Self::Matmul(call) => call.check(operands, result),
             Self::Convolution(call) => call.check(operands, result),
@@ -118,6 +134,7 @@ impl Matmul {
         self.a.check([self.m, self.k, self.batch], elements(operands, self.a.operand)?, "the left matrix")?;
         self.b.check([self.k, self.n, self.batch], elements(operands, self.b.operand)?, "the right matrix")?;
         self.result.check([self.m, self.n, self.batch], result_elements, "the result")?;
+        self.result.check_all([self.m, self.n, self.batch], result_elements)?;
         if let Some(bias) = self.bias {
             expect_elements(operands, bias, Some(self.n), "the bias")?;
         }
@@ -138,6 +155,23 @@ impl Matrix {
         let last = steps.into_iter().try_fold(self.offset, |last, step| last.checked_add(reach(step)?));
         let inside = last.is_some_and(|last| last < elements);
         inside.then_some(()).ok_or_else(|| format!("{what} reaches outside of its {elements} elements"))
+    }
+}
+
+impl Matrix {
+    /// Proves that each element of the result is stored once: its strides, from the narrowest, are those of a dense
+    /// tensor.
+    fn check_all(&self, [rows, columns, batch]: [u64; 3], elements: u64) -> Result<(), String> {
+        let mut steps = [(rows, self.row_stride), (columns, self.column_stride), (batch, self.batch_stride)];
+        steps.sort_by_key(|step| step.1);
+        let mut stored = 1u64;
+        let mut dense = true;
+        for (count, stride) in steps.into_iter().filter(|(count, _)| *count != 1) {
+            dense &= stride == stored;
+            stored = stored.saturating_mul(count);
+        }
+        let fine = dense && stored == elements && self.offset == 0 && self.operand == 0;
+        fine.then_some(()).ok_or_else(|| format!("the result is not all of its {elements} elements, each stored once"))
     }
 }
 
@@ -170,7 +204,8 @@ impl Convolution {
                 return Err(format!("windows of spatial dimension {dim} do not make {to} from {from}"));
             }
         }
-        let product = |sizes: &[u64], with: u64| sizes.iter().try_fold(with, |product, &size| product.checked_mul(size));
+        let product =
+            |sizes: &[u64], with: u64| sizes.iter().try_fold(with, |product, &size| product.checked_mul(size));
         let images = |channels: u64, sizes: &[u64]| product(sizes, self.batch)?.checked_mul(channels);
         let filter = product(&self.window, self.input_channels)
             .and_then(|taps| taps.checked_mul(self.output_channels))
@@ -231,6 +266,12 @@ mod tests {
             change(&mut call);
             check(call).unwrap_err()
         };
+        assert!(beyond(|call| call.m = 3).contains("each stored once"));
+        assert!(beyond(|call| (call.batch, call.result.batch_stride) = (2, 0)).contains("each stored once"));
+        let mixed = [operands[0].clone(), f32s(&[8, 6]).with_dtype(DType::F16), operands[2].clone()];
+        assert!(Call::Matmul(product()).check(&mixed, &[f32s(&[4, 6])]).unwrap_err().contains("factors"));
+        let result = f32s(&[4, 6]).with_dtype(DType::F16);
+        assert!(Call::Matmul(product()).check(&operands, &[result]).unwrap_err().contains("operand 2 of 3"));
         assert!(beyond(|call| call.a.row_stride = 9).contains("the left matrix reaches outside"));
         assert!(beyond(|call| call.b.offset = 1).contains("the right matrix reaches outside"));
         assert!(beyond(|call| call.b.column_stride = 2).contains("strides"));

@@ -327,15 +327,13 @@ pub struct Kernel {
     pub implementation: Implementation,
 }
 
+#[expect(clippy::large_enum_variant, reason = "a plan has few kernels, and each holds a specification anyway")]
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Implementation {
     /// The spec itself, executed on the host.
     Reference,
     /// A function in [`Plan::code`].
-    Cuda {
-        code: u32,
-        symbol: String,
-    },
+    Cuda { code: u32, symbol: String },
     Library {
         library: Library,
         /// The version that the plan was made with; empty for the machine's own.

@@ -1,4 +1,12 @@
 //! Times runs of a plan, and its steps.
+//!
+//! On GPUs a run is a launch of the entry's CUDA graph between two events, inputs in place; a step's time is that of a
+//! graph which repeats it. On virtual devices both are wall-clock times.
+//!
+//! A step's share of the roofline is the time that the target predicts over the one measured. The prediction is the
+//! larger of its operations over the device's rate and its bytes over the memory's bandwidth, as the target states
+//! them, and a launch; for a collective, the target's own measurement. It may exceed 1: a step that is repeated finds in
+//! a cache what fits there, and modelled targets are estimates.
 
 use std::collections::BTreeMap;
 use std::num::NonZero;
@@ -12,8 +20,9 @@ use planfile::{PlanFile, Tensor};
 use serde::Serialize;
 
 use super::exit::Failure;
-use super::report::time_text;
-use super::run::{Data, choose_entry, given_inputs, load};
+use super::report::{bytes_text, time_text};
+use super::run::{Data, DeviceFlags, choose_entry, given_inputs, load};
+use crate::cuda::DeviceMemoryReport;
 use crate::{Context, RuntimeError, StepTime};
 
 /// How often an entry is run.
@@ -35,13 +44,22 @@ pub struct BenchFlags {
 pub struct BenchReport {
     pub entry: String,
     pub ranks: u32,
+    /// Of a virtual device; 0 on GPUs.
     pub threads_per_device: usize,
     pub runs: u32,
+    /// One after the other, by the median.
+    pub runs_per_second: f64,
     pub median_seconds: f64,
     pub least_seconds: f64,
     /// 99 of 100 runs take no longer.
     pub p99_seconds: f64,
     pub predicted_seconds: f64,
+    /// The prediction over the median: the share of the target's roofline that is reached.
+    pub roofline_share: f64,
+    /// On GPUs, from inputs in the caller's memory to outputs there.
+    pub end_to_end_median_seconds: Option<f64>,
+    /// By rank, after the runs; empty on virtual devices.
+    pub device_memory: Vec<DeviceMemoryReport>,
     /// Longest first; empty unless asked for.
     pub steps: Vec<StepReport>,
 }
@@ -56,11 +74,14 @@ pub struct StepReport {
     /// ONNX nodes it came from.
     pub origin: Vec<String>,
     pub seconds: f64,
-    /// Arithmetic operations a second.
+    /// Arithmetic operations a second, of one rank; a multiply-add counts two, and what tiles add does not count.
     pub operations_per_second: f64,
-    /// Bytes read and written a second.
+    /// Bytes of operands and results a second, of one rank, each counted once.
     pub bytes_per_second: f64,
+    /// What the target predicts.
     pub predicted_seconds: f64,
+    /// The prediction over the measured time; see the module's documentation.
+    pub roofline_share: f64,
 }
 
 /// Loads a plan and times an entry on the same inputs each time.
@@ -71,13 +92,13 @@ pub fn bench(
     file: PlanFile,
     entry: Option<&str>,
     data: Data<'_>,
-    threads: Option<NonZero<usize>>,
+    devices: &DeviceFlags,
     flags: BenchFlags,
 ) -> Result<BenchReport, Failure> {
-    let session = load(file)?;
+    let (session, _) = load(file, devices)?;
     let entry = choose_entry(&session, entry)?;
     let inputs = given_inputs(entry, data)?;
-    let mut context = session.context_with_threads(threads.unwrap_or_else(|| session.default_threads()))?;
+    let mut context = session.context_with_threads(devices.threads.unwrap_or_else(|| session.default_threads()))?;
     for _ in 0..flags.warm_up {
         context.run(&entry.name, &inputs)?;
     }
@@ -88,19 +109,55 @@ pub fn bench(
         times.push(start.elapsed());
     }
     times.sort_unstable();
+    let end_to_end = session.is_on_gpus().then(|| median(&times).as_secs_f64());
+    if session.is_on_gpus() {
+        // The first launches of a graph are slower.
+        context.time_graph(&entry.name, &inputs, flags.warm_up)?;
+        let micros = context.time_graph(&entry.name, &inputs, flags.runs.get())?;
+        times = micros.into_iter().map(|us| Duration::from_secs_f64(us * 1e-6)).collect();
+        times.sort_unstable();
+    }
+    let device_memory = if session.is_on_gpus() { context.device_memory()? } else { Vec::new() };
     let plan = session.plan();
-    let steps = if flags.steps { time_steps(plan, entry, &mut context, &inputs, flags.runs)? } else { Vec::new() };
+    let steps = match flags.steps {
+        false => Vec::new(),
+        true if session.is_on_gpus() => time_steps_alone(plan, entry, &mut context, &inputs)?,
+        true => time_steps(plan, entry, &mut context, &inputs, flags.runs)?,
+    };
+    let (median_seconds, predicted_seconds) = (median(&times).as_secs_f64(), entry.predicted_ns as f64 * 1e-9);
     Ok(BenchReport {
         entry: entry.name.clone(),
         ranks: plan.manifest.ranks,
-        threads_per_device: context.threads_per_device(),
+        threads_per_device: if session.is_on_gpus() { 0 } else { context.threads_per_device() },
         runs: flags.runs.get(),
-        median_seconds: median(&times).as_secs_f64(),
+        runs_per_second: ratio(1.0, median_seconds),
+        median_seconds,
         least_seconds: times.first().copied().unwrap_or_default().as_secs_f64(),
         p99_seconds: quantile(&times, 0.99).as_secs_f64(),
-        predicted_seconds: entry.predicted_ns as f64 * 1e-9,
+        predicted_seconds,
+        roofline_share: ratio(predicted_seconds, median_seconds),
+        end_to_end_median_seconds: end_to_end,
+        device_memory,
         steps,
     })
+}
+
+/// How often a graph repeats a step, and how many such graphs are timed.
+const STEP_REPEATS: (u32, u32) = (20, 5);
+
+/// Each step alone, over and over.
+fn time_steps_alone(
+    plan: &Plan,
+    entry: &PlanEntry,
+    context: &mut Context,
+    inputs: &BTreeMap<String, Tensor>,
+) -> Result<Vec<StepReport>, RuntimeError> {
+    let mut slowest: BTreeMap<(usize, usize), Duration> = BTreeMap::new();
+    for step in context.time_steps(&entry.name, inputs, STEP_REPEATS.0, STEP_REPEATS.1)? {
+        let slowest = slowest.entry((step.program, step.step)).or_default();
+        *slowest = (*slowest).max(Duration::from_secs_f64(step.us * 1e-6));
+    }
+    Ok(reports(plan, slowest))
 }
 
 /// Runs anew and takes each step's time.
@@ -125,7 +182,12 @@ fn time_steps(
         let slowest = slowest.entry((program, step)).or_default();
         *slowest = (*slowest).max(median(&times));
     }
-    let mut reports: Vec<StepReport> = slowest
+    Ok(reports(plan, slowest))
+}
+
+/// Longest first.
+fn reports(plan: &Plan, times: BTreeMap<(usize, usize), Duration>) -> Vec<StepReport> {
+    let mut reports: Vec<StepReport> = times
         .into_iter()
         .filter_map(|((program, step), time)| {
             let described = plan.programs.get(program)?.steps.get(step)?;
@@ -133,10 +195,11 @@ fn time_steps(
         })
         .collect();
     reports.sort_by(|a, b| b.seconds.total_cmp(&a.seconds));
-    Ok(reports)
+    reports
 }
 
-fn step_report(plan: &Plan, (program, number): (usize, usize), step: &Step, time: Duration) -> StepReport {
+/// Primitives of a step's kernel, and the type of its first result.
+pub(super) fn what(plan: &Plan, step: &Step) -> String {
     let primitives = match &step.action {
         Action::Launch { kernel, .. } | Action::Library { kernel, .. } => {
             let kernel = plan.kernels.get(*kernel as usize);
@@ -149,18 +212,29 @@ fn step_report(plan: &Plan, (program, number): (usize, usize), step: &Step, time
     };
     let (_, results) = step.action.places();
     let result = results.first().map_or_else(String::new, |place| format!(" {}", place.ty));
+    format!("{primitives}{result}")
+}
+
+fn step_report(plan: &Plan, (program, number): (usize, usize), step: &Step, time: Duration) -> StepReport {
     let names = step.origin.iter().filter_map(|&name| plan.explanations.names.get(name as usize));
-    let seconds = time.as_secs_f64();
+    let (seconds, predicted_seconds) = (time.as_secs_f64(), step.cost.predicted_ns as f64 * 1e-9);
+    let rate = |count: u64| ratio(count as f64, seconds);
     StepReport {
         program,
         step: number,
-        what: format!("{primitives}{result}"),
+        what: what(plan, step),
         origin: names.cloned().collect(),
         seconds,
-        operations_per_second: step.cost.operations as f64 / seconds,
-        bytes_per_second: step.cost.memory_bytes as f64 / seconds,
-        predicted_seconds: step.cost.predicted_ns as f64 * 1e-9,
+        operations_per_second: rate(step.cost.operations),
+        bytes_per_second: rate(step.cost.memory_bytes),
+        predicted_seconds,
+        roofline_share: ratio(predicted_seconds, seconds),
     }
+}
+
+/// A ratio to a measured time, 0 where that was over before the clock moved.
+fn ratio(of: f64, seconds: f64) -> f64 {
+    if seconds > 0.0 { of / seconds } else { 0.0 }
 }
 
 fn median(sorted: &[Duration]) -> Duration {
@@ -174,42 +248,59 @@ fn quantile(sorted: &[Duration], share: f64) -> Duration {
 }
 
 impl BenchReport {
+    fn devices(&self) -> String {
+        let several = |count: usize| if count == 1 { "" } else { "s" };
+        let ranks = self.ranks as usize;
+        match self.threads_per_device {
+            0 => format!("{ranks} GPU{}", several(ranks)),
+            threads => {
+                format!("{ranks} virtual device{}, {threads} thread{} each", several(ranks), several(threads))
+            }
+        }
+    }
+
     /// For people.
     pub fn text(&self) -> String {
         let time = |seconds: f64| time_text(seconds * 1e9);
         let mut text = format!(
-            "`{}`: median {} of {} runs, least {}, 99 of 100 within {}; {:.1} runs a second; {} virtual device{}, {} \
-             thread{} each\n",
+            "`{}`: median {} of {} runs, least {}, 99 of 100 within {}; {:.1} runs a second; {}\n",
             self.entry,
             time(self.median_seconds),
             self.runs,
             time(self.least_seconds),
             time(self.p99_seconds),
-            1.0 / self.median_seconds,
-            self.ranks,
-            if self.ranks == 1 { "" } else { "s" },
-            self.threads_per_device,
-            if self.threads_per_device == 1 { "" } else { "s" },
+            self.runs_per_second,
+            self.devices(),
         );
+        if let Some(seconds) = self.end_to_end_median_seconds {
+            text.push_str(&format!("with inputs and outputs in host memory: median {}\n", time(seconds)));
+        }
+        text.push_str(&format!(
+            "the target's roofline is {}: {:.0} % of it is reached\n",
+            time(self.predicted_seconds),
+            100.0 * self.roofline_share,
+        ));
+        text.push_str(&memory_text(&self.device_memory));
         if self.steps.is_empty() {
             return text;
         }
         let total: f64 = self.steps.iter().map(|step| step.seconds).sum();
         let mut table = Table::new();
         table.load_style(UTF8_HORIZONTAL_ONLY);
-        table.set_header(["step", "what", "time", "share", "GFLOP/s", "GB/s", "from"]);
+        table.set_header(["step", "what", "time", "share", "GFLOP/s", "GB/s", "of roofline", "from"]);
         for step in &self.steps {
             table.add_row([
                 format!("{}.{}", step.program, step.step),
                 step.what.clone(),
                 time(step.seconds),
-                format!("{:.1} %", 100.0 * step.seconds / total),
+                format!("{:.1} %", 100.0 * ratio(step.seconds, total)),
                 format!("{:.1}", step.operations_per_second * 1e-9),
                 format!("{:.1}", step.bytes_per_second * 1e-9),
+                format!("{:.0} %", 100.0 * step.roofline_share),
                 step.origin.join(" "),
             ]);
         }
-        for column in 2..6 {
+        for column in 2..7 {
             if let Some(column) = table.column_mut(column) {
                 column.set_cell_alignment(CellAlignment::Right);
             }
@@ -219,9 +310,71 @@ impl BenchReport {
     }
 }
 
+/// One line for each rank, or one for all that say the same.
+fn memory_text(reports: &[DeviceMemoryReport]) -> String {
+    let line = |report: &DeviceMemoryReport| {
+        let arena = |what: &str, predicted: u64, taken: u64| {
+            format!("{what} {} (predicted {})", bytes_text(taken), bytes_text(predicted))
+        };
+        format!(
+            "{}, {}, of which {} are workspace of libraries; code, graphs and libraries {}",
+            arena("weights", report.weight_arena_bytes, report.weight_arena_taken_bytes),
+            arena("activations", report.activation_arena_bytes, report.activation_arena_taken_bytes),
+            bytes_text(report.workspace_bytes),
+            bytes_text(report.other_taken_bytes),
+        )
+    };
+    let lines: Vec<String> = reports.iter().map(line).collect();
+    match lines.split_first() {
+        None => String::new(),
+        Some((first, rest)) if rest.iter().all(|line| line == first) => {
+            format!("memory of {} GPU: {first}\n", if rest.is_empty() { "the" } else { "each" })
+        }
+        Some(_) => {
+            let of =
+                |(report, line): (&DeviceMemoryReport, &String)| format!("memory of GPU {}: {line}\n", report.ordinal);
+            reports.iter().zip(&lines).map(of).collect()
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn memory(ordinal: u32, other_taken_bytes: u64) -> DeviceMemoryReport {
+        DeviceMemoryReport {
+            rank: ordinal,
+            ordinal,
+            weight_arena_bytes: 3 << 20,
+            activation_arena_bytes: 1536,
+            workspace_bytes: 512,
+            weight_arena_taken_bytes: 4 << 20,
+            activation_arena_taken_bytes: 2 << 20,
+            other_taken_bytes,
+            used_before_bytes: 0,
+        }
+    }
+
+    #[test]
+    fn memory_is_one_line_where_all_gpus_take_the_same() {
+        let same = memory_text(&[memory(0, 1024), memory(1, 1024)]);
+        assert_eq!(
+            same,
+            "memory of each GPU: weights 4.0 MiB (predicted 3.0 MiB), activations 2.0 MiB (predicted 1.5 KiB), of which \
+             512 B are workspace of libraries; code, graphs and libraries 1.0 KiB\n"
+        );
+        let different = memory_text(&[memory(0, 1024), memory(3, 2048)]);
+        assert_eq!(different.lines().count(), 2);
+        assert!(different.contains("\nmemory of GPU 3: "), "{different}");
+        assert!(memory_text(&[memory(0, 0)]).starts_with("memory of the GPU: "));
+        assert_eq!(memory_text(&[]), "");
+    }
+
+    #[test]
+    fn nothing_is_divided_by_a_time_too_short_to_measure() {
+        assert_eq!([ratio(1.0, 0.5), ratio(1.0, 0.0), ratio(0.0, 0.0)], [2.0, 0.0, 0.0]);
+    }
 
     #[test]
     fn quantiles_are_measured_times() {

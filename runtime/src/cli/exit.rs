@@ -8,6 +8,7 @@ use cpu::recipe::RecipeError;
 use miette::{Diagnostic, MietteHandlerOpts, Report};
 use planfile::PlanError;
 
+use crate::cuda::CudaError;
 use crate::error::{RuntimeError, StepError};
 use crate::image::ImageError;
 use crate::refit::RefitError;
@@ -25,6 +26,8 @@ pub enum Exit {
     Invalid = 3,
     /// A file could not be read or written.
     File = 4,
+    /// A driver, a library or a GPU is missing, or does not fit the plan.
+    Machine = 5,
     /// Our bug.
     Internal = 70,
 }
@@ -65,12 +68,30 @@ impl From<PlanError> for Failure {
 
 impl From<RuntimeError> for Failure {
     fn from(error: RuntimeError) -> Self {
-        let exit = match error {
+        let error = match error {
             RuntimeError::Plan(error) => return error.into(),
+            other => other,
+        };
+        let exit = match &error {
             RuntimeError::Step { source: StepError::Contradiction { .. } | StepError::Abandoned, .. }
             | RuntimeError::Contradiction { .. }
+            | RuntimeError::Broken
             | RuntimeError::Panicked { .. } => Exit::Internal,
-            RuntimeError::Step { .. }
+            RuntimeError::Cuda(source)
+            | RuntimeError::Rank { source, .. }
+            | RuntimeError::Step { source: StepError::Cuda(source), .. } => exit_of(source),
+            RuntimeError::TooFewGpus { .. }
+            | RuntimeError::NoSuchGpu { .. }
+            | RuntimeError::Architecture { .. }
+            | RuntimeError::GpuMemory { .. }
+            | RuntimeError::OtherVersion { .. }
+            | RuntimeError::Thread { .. } => Exit::Machine,
+            RuntimeError::GpuCount { .. } | RuntimeError::SameGpu { .. } | RuntimeError::OnlyOnGpus { .. } => {
+                Exit::Usage
+            }
+            RuntimeError::Plan(_)
+            | RuntimeError::Step { .. }
+            | RuntimeError::NotForGpus { .. }
             | RuntimeError::UnknownEntry { .. }
             | RuntimeError::MissingInput { .. }
             | RuntimeError::UnknownInput { .. }
@@ -81,6 +102,16 @@ impl From<RuntimeError> for Failure {
             | RuntimeError::Threads { .. } => Exit::Invalid,
         };
         Self::new(exit, error)
+    }
+}
+
+/// Whose fault an error of a CUDA library is.
+fn exit_of(error: &CudaError) -> Exit {
+    match error {
+        CudaError::Contradiction { .. } | CudaError::Compile { .. } | CudaError::Abandoned => Exit::Internal,
+        CudaError::Absent { .. } | CudaError::Symbol { .. } | CudaError::Call { .. } | CudaError::Refused { .. } => {
+            Exit::Machine
+        }
     }
 }
 
@@ -130,6 +161,11 @@ pub fn finish(outcome: Result<Exit, Failure>) -> ExitCode {
         exit
     });
     ExitCode::from(exit as u8)
+}
+
+/// Says something on standard error that does not end the command.
+pub(super) fn warn(text: &str) {
+    let _ = writeln!(io::stderr(), "warning: {text}");
 }
 
 /// Writes to standard output. A reader that has gone, such as `head`, is no failure.

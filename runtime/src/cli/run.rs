@@ -11,10 +11,11 @@ use planfile::plan::PlanEntry;
 use planfile::{PlanFile, Tensor};
 use serde::Serialize;
 
-use super::exit::{Exit, Failure};
+use super::exit::{Exit, Failure, warn};
 use super::progress::bytes_bar;
 use super::report::time_text;
 use crate::compare::{Tolerance, compare, to_f64s};
+use crate::cuda::OtherVersion;
 use crate::npz::{read_npz, write_npz};
 use crate::tensor_file::TestData;
 use crate::{Devices, Session, random_inputs};
@@ -44,6 +45,27 @@ fn not_negative(text: &str) -> Result<f64, String> {
     if value >= 0.0 && value.is_finite() { Ok(value) } else { Err("must be a number from 0 up".to_owned()) }
 }
 
+/// Where a plan runs.
+#[derive(Clone, Debug, Default, clap::Args)]
+pub struct DeviceFlags {
+    /// `cpu` for virtual devices, `cuda`, or `cuda:0,2` for GPUs by number; without it, what the plan is compiled for
+    #[arg(long, value_name = "WHERE")]
+    pub devices: Option<Devices>,
+    /// Refuse libraries of other versions than the plan records
+    #[arg(long)]
+    pub strict: bool,
+    /// Threads of each virtual device; without it, they share the cores
+    #[arg(long, value_name = "N")]
+    pub threads: Option<NonZero<usize>>,
+}
+
+impl DeviceFlags {
+    /// Virtual devices, whatever the plan is compiled for.
+    pub fn on_cpu() -> Self {
+        Self { devices: Some(Devices::Virtual), ..Self::default() }
+    }
+}
+
 /// What a run works on.
 #[derive(Clone, Copy, Debug)]
 pub enum Data<'a> {
@@ -59,6 +81,8 @@ pub enum Data<'a> {
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct RunReport {
     pub entry: String,
+    /// `cpu` for virtual devices, `cuda` or `cuda:0,2`.
+    pub devices: String,
     /// `random`, `npz` or `test data`.
     pub inputs: &'static str,
     pub seconds: f64,
@@ -103,7 +127,7 @@ pub fn choose_entry<'a>(session: &'a Session, name: Option<&str>) -> Result<&'a 
     }
 }
 
-/// Loads a plan, runs an entry once and compares. `threads` is by virtual device; `None` shares the cores. Outputs are also written to the archive `save` if there is one.
+/// Loads a plan, runs an entry once and compares. Outputs are also written to the archive `save` if there is one.
 ///
 /// # Errors
 /// A plan, input or file at fault. Being beyond the tolerance is no error here: see [`RunReport::exit`].
@@ -113,9 +137,9 @@ pub fn run(
     data: Data<'_>,
     save: Option<&Path>,
     tolerance: Tolerance,
-    threads: Option<NonZero<usize>>,
+    flags: &DeviceFlags,
 ) -> Result<RunReport, Failure> {
-    let session = load(file)?;
+    let (session, devices) = load(file, flags)?;
     let entry = choose_entry(&session, entry)?;
     let inputs = given_inputs(entry, data)?;
     let (references, kind) = match data {
@@ -123,7 +147,7 @@ pub fn run(
         Data::Npz(_) => (&[][..], "npz"),
         Data::TestData(data) => (&data.outputs[..], "test data"),
     };
-    let mut context = session.context_with_threads(threads.unwrap_or_else(|| session.default_threads()))?;
+    let mut context = session.context_with_threads(flags.threads.unwrap_or_else(|| session.default_threads()))?;
     let start = Instant::now();
     let outputs = context.run(&entry.name, &inputs)?;
     let seconds = start.elapsed().as_secs_f64();
@@ -134,16 +158,33 @@ pub fn run(
         output_report(name, tensor, references.get(position), tolerance)
     };
     let outputs = outputs.iter().enumerate().map(report).collect();
-    Ok(RunReport { entry: entry.name.clone(), inputs: kind, seconds, outputs })
+    let devices = devices.to_string();
+    Ok(RunReport { entry: entry.name.clone(), devices, inputs: kind, seconds, outputs })
 }
 
-/// Loads a plan, with a progress bar.
-pub(super) fn load(file: PlanFile) -> Result<Session, Failure> {
+/// Loads a plan, with a progress bar, and says where.
+pub(super) fn load(file: PlanFile, flags: &DeviceFlags) -> Result<(Session, Devices), Failure> {
     let bytes = file.plan().manifest.weight_arena_bytes.iter().fold(0u64, |sum, &bytes| sum.saturating_add(bytes));
+    let devices = flags.devices.clone().unwrap_or_else(|| Devices::of(file.plan()));
     let bar = bytes_bar("loading weights", bytes);
-    let session = Session::load_file(file, Devices::Virtual, |done| bar.set_position(done))?;
+    let session = Session::load_file(file, devices.clone(), |done| bar.set_position(done))?;
     bar.finish_and_clear();
-    Ok(session)
+    if flags.strict {
+        session.require_recorded_versions()?;
+    }
+    for other in session.other_versions() {
+        warn(&other_version_text(other));
+    }
+    Ok((session, devices))
+}
+
+/// What, where, and what to do about it.
+fn other_version_text(OtherVersion { library, recorded, found, path }: &OtherVersion) -> String {
+    format!(
+        "the plan was made with {library} {recorded}, this machine has {found} ({path}): times and last bits may differ; \
+         install that version (or name its file in {}), or compile the plan anew; --strict refuses other versions",
+        library.variable()
+    )
 }
 
 /// What a run works on, by input name.
@@ -239,7 +280,8 @@ impl RunReport {
             table.add_row(row);
         }
         let time = time_text(self.seconds * 1e9);
-        format!("ran `{}` on virtual devices with {} inputs in {time}\n{table}\n", self.entry, self.inputs)
+        let devices = if self.devices == "cpu" { "virtual devices" } else { &self.devices };
+        format!("ran `{}` on {devices} with {} inputs in {time}\n{table}\n", self.entry, self.inputs)
     }
 }
 
@@ -256,7 +298,7 @@ mod tests {
     fn report(actual: &[f32], expected: Option<&[f32]>) -> RunReport {
         let expected = expected.map(vector);
         let output = output_report("y", &vector(actual), expected.as_ref(), TOLERANCE);
-        RunReport { entry: "main".into(), inputs: "random", seconds: 0.5, outputs: vec![output] }
+        RunReport { entry: "main".into(), devices: "cpu".into(), inputs: "random", seconds: 0.5, outputs: vec![output] }
     }
 
     #[test]
@@ -270,6 +312,16 @@ mod tests {
         let other_shape = report(&[1.0, 2.0], Some(&[1.0]));
         assert_eq!(other_shape.exit(), Exit::Beyond);
         assert!(other_shape.text().contains("f32[2], the reference is f32[1]"));
+    }
+
+    #[test]
+    fn warnings_about_versions_say_what_where_and_what_next() {
+        let library = crate::cuda::LibraryName::CublasLt;
+        let [recorded, found, path] = ["0.0.1", "13.0.2", "/usr/lib/libcublasLt.so.13"].map(str::to_owned);
+        let text = other_version_text(&OtherVersion { library, recorded, found, path });
+        for part in ["cuBLASLt 0.0.1", "has 13.0.2 (/usr/lib/libcublasLt.so.13)", "PLANWRIGHT_CUBLASLT", "--strict"] {
+            assert!(text.contains(part), "{text}");
+        }
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use super::manifest::table_lengths;
 use super::{Report, sound_bytes};
 use crate::op::Op;
-use crate::plan::{Implementation, Kernel, Plan};
+use crate::plan::{Call, Implementation, Kernel, Library, Plan};
 use crate::types::TensorType;
 
 /// What steps need to know of a kernel.
@@ -52,7 +52,16 @@ fn check_implementation(plan: &Plan, kernel: &Kernel) -> Result<(), String> {
             let fine = !symbol.is_empty() && !symbol.contains('\0') && !code.cubin.is_empty();
             fine.then_some(()).ok_or_else(|| format!("symbol `{symbol}` in {} bytes of code", code.cubin.len()))
         }
-        Implementation::Library { call, .. } => call.check(&kernel.spec.inputs, &kernel.spec.result_types()?),
+        Implementation::Library { library, call, .. } => {
+            let has_it = matches!(
+                (library, call),
+                (Library::CublasLt, Call::Matmul(_)) | (Library::Cudnn, Call::Convolution(_))
+            );
+            if !has_it {
+                return Err(format!("{library:?} has no such call"));
+            }
+            call.check(&kernel.spec.inputs, &kernel.spec.result_types()?)
+        }
         Implementation::Reference => Ok(()),
     }
 }

@@ -1,0 +1,328 @@
+//! Recognises attention that is spelled as two products around a softmax, for devices that have a kernel for the whole.
+//!
+//! before  %a = pointwise %q {$0 * 0.25}                after  %t = transpose %k [0, 1, 3, 2]
+//!         %s = dot %a, %k {batch, contract [3]x[2]}           %y = attention %q, %t, %v, %mask {scale 0.25}
+//!         %m = pointwise %s, %mask {$0 + $1}
+//!         %p = softmax %m {axis 3}
+//!         %y = dot %p, %v {batch, contract [3]x[2]}
+//!
+//! Scores then never leave the chip. They are kept in `f32` where a half type was stored between, so results come nearer
+//! to those in `f32`. The host executes products faster one by one, so its modules stay as they are.
+
+use std::sync::Arc;
+
+use ir::{Graph, Module, Node, NodeId, Origin, Value, ValueDef, ValueId};
+use planfile::{Binary, DType, Expr, ExprOp, Op, Real, Unary};
+
+use crate::error::PassError;
+use crate::lower;
+use crate::pipeline::Settings;
+use crate::simplify::dead;
+
+/// Rewrites every graph, for CUDA devices.
+///
+/// # Errors
+/// [`PassError::Invalid`] if a type does not follow.
+pub fn run(mut module: Module, settings: &Settings<'_>) -> Result<Module, PassError> {
+    if settings.target.device.architecture == lower::CPU {
+        return Ok(module);
+    }
+    for graph in &mut module.graphs {
+        *graph = rewritten(graph).map_err(|why| PassError::invalid("recognise", why))?;
+    }
+    Ok(dead::run(&module))
+}
+
+/// A graph, and who reads its values.
+struct Readers<'a> {
+    graph: &'a Graph,
+    counts: Vec<u32>,
+}
+
+impl<'a> Readers<'a> {
+    fn new(graph: &'a Graph) -> Self {
+        let mut counts = vec![0; graph.values.len()];
+        let outputs = graph.outputs.iter().map(|output| output.value);
+        for value in graph.nodes.iter().flat_map(|node| node.operands.iter().copied()).chain(outputs) {
+            counts[value.index()] += 1;
+        }
+        Self { graph, counts }
+    }
+
+    /// The node that makes a value which only one other reads.
+    fn private(&self, value: ValueId) -> Option<&'a Node> {
+        self.graph.producer(value).filter(|_| self.counts[value.index()] == 1)
+    }
+}
+
+/// What an attention is made of.
+struct Found {
+    q: ValueId,
+    /// `[B, H, T, D]`, or `[B, H, D, T]` where `transposed`.
+    k: ValueId,
+    transposed: bool,
+    v: ValueId,
+    mask: Option<ValueId>,
+    scale: f64,
+    origin: Vec<Arc<str>>,
+}
+
+/// A product of heads: `[B, H, _, _]`, contracted over the last dimension of the left side and `right` of the right one.
+fn is_product_of_heads(op: &Op, right: u8) -> bool {
+    let Op::Dot { batch, contract, accumulate: DType::F32, .. } = op else { return false };
+    batch.as_slice() == [(0, 0), (1, 1)] && contract.as_slice() == [(3, right)]
+}
+
+fn found(readers: &Readers<'_>, node: &Node) -> Option<Found> {
+    let graph = readers.graph;
+    let &[probabilities, v] = node.operands.as_slice() else { return None };
+    let half_or_single = matches!(graph.ty(v).dtype, DType::F16 | DType::BF16 | DType::F32);
+    if !is_product_of_heads(&node.op, 2) || !half_or_single || graph.ty(v).rank() != 4 {
+        return None;
+    }
+    let mut parts = vec![node];
+    let mut softmax = readers.private(probabilities);
+    // A guard against rows that see nothing: they are zero anyway.
+    if let Some(guard) = softmax
+        && let Op::Pointwise { expr, .. } = &guard.op
+        && is_guard(expr)
+        && let &[guarded] = guard.operands.as_slice()
+    {
+        parts.push(guard);
+        softmax = readers.private(guarded);
+    }
+    let softmax = softmax.filter(|node| matches!(node.op, Op::Softmax { axis: 3, log: false }))?;
+    parts.push(softmax);
+    let mut scores = readers.private(*softmax.operands.first()?)?;
+    let (mut scale, mut mask) = (1.0, None);
+    if let Op::Pointwise { expr, .. } = &scores.op {
+        let product = scores
+            .operands
+            .iter()
+            .position(|&operand| graph.producer(operand).is_some_and(|node| matches!(node.op, Op::Dot { .. })))?;
+        let masked = scaled(expr, product as u16)?;
+        scale = masked.0;
+        mask = masked.1.map(|operand| scores.operands[usize::from(operand)]);
+        parts.push(scores);
+        scores = readers.private(scores.operands[product])?;
+    }
+    parts.push(scores);
+    let transposed = is_product_of_heads(&scores.op, 2);
+    if !transposed && !is_product_of_heads(&scores.op, 3) {
+        return None;
+    }
+    let &[q, k] = scores.operands.as_slice() else { return None };
+    let mut side = |value: ValueId| {
+        // A side that is multiplied by a number: so are the scores.
+        let Some(node) = readers.private(value) else { return value };
+        let Op::Pointwise { expr, .. } = &node.op else { return value };
+        let (&[operand], Some((factor, None))) = (node.operands.as_slice(), scaled(expr, 0)) else { return value };
+        if graph.ty(operand) != graph.ty(value) {
+            return value;
+        }
+        scale *= factor;
+        parts.push(node);
+        operand
+    };
+    let (q, k) = (side(q), side(k));
+    let mut origin: Vec<Arc<str>> = Vec::new();
+    for name in parts.iter().rev().flat_map(|node| node.origin.iter()) {
+        if !origin.contains(name) {
+            origin.push(Arc::clone(name));
+        }
+    }
+    let rows = graph.ty(*node.results.first()?);
+    let fits = |value: ValueId| graph.ty(value).rank() == 4 && graph.ty(value).dtype == rows.dtype;
+    (fits(q) && fits(k) && fits(v)).then_some(Found { q, k, transposed, v, mask, scale, origin })
+}
+
+/// `select(is_nan($0), 0, $0)`.
+fn is_guard(expr: &Expr) -> bool {
+    let [first, ExprOp::Unary(Unary::IsNan), ExprOp::Const(zero), last, ExprOp::Select] = expr.ops.as_slice() else {
+        return false;
+    };
+    *first == ExprOp::Operand(0) && *last == ExprOp::Operand(0) && zero.to_f64() == 0.0
+}
+
+/// Reads `$product * factor + $mask`, either part absent: the factor, and the operand that is added.
+fn scaled(expr: &Expr, product: u16) -> Option<(f64, Option<u16>)> {
+    enum Term {
+        Product(f64, Option<u16>),
+        Operand(u16),
+        Number(f64),
+    }
+    let mut stack = Vec::new();
+    for op in &expr.ops {
+        let term = match op {
+            ExprOp::Operand(index) if *index == product => Term::Product(1.0, None),
+            ExprOp::Operand(index) => Term::Operand(*index),
+            ExprOp::Const(scalar) => Term::Number(scalar.to_f64()),
+            ExprOp::Binary(binary) => {
+                let (right, left) = (stack.pop()?, stack.pop()?);
+                match (binary, left, right) {
+                    (Binary::Mul, Term::Product(factor, None), Term::Number(number))
+                    | (Binary::Mul, Term::Number(number), Term::Product(factor, None)) => {
+                        Term::Product(factor * number, None)
+                    }
+                    (Binary::Div, Term::Product(factor, None), Term::Number(number)) => {
+                        Term::Product(factor / number, None)
+                    }
+                    (Binary::Add, Term::Product(factor, None), Term::Operand(mask))
+                    | (Binary::Add, Term::Operand(mask), Term::Product(factor, None)) => {
+                        Term::Product(factor, Some(mask))
+                    }
+                    _ => return None,
+                }
+            }
+            _ => return None,
+        };
+        stack.push(term);
+    }
+    match stack.as_slice() {
+        [Term::Product(factor, mask)] => Some((*factor, *mask)),
+        _ => None,
+    }
+}
+
+fn rewritten(old: &Graph) -> Result<Graph, String> {
+    // Values keep their numbers; what is added comes after them.
+    let mut new = Graph { nodes: Vec::new(), ..old.clone() };
+    let readers = Readers::new(old);
+    for node in &old.nodes {
+        let mut node = node.clone();
+        if let Some(found) = found(&readers, &node) {
+            let origin = Origin::from(found.origin);
+            let k = if found.transposed { swapped(&mut new, old, found.k, &origin)? } else { found.k };
+            let op = Op::Attention {
+                scale: Real(found.scale),
+                causal: None,
+                softcap: Real(0.0),
+                mask: found.mask.is_some(),
+            };
+            let operands: Vec<ValueId> = [found.q, k, found.v].into_iter().chain(found.mask).collect();
+            let types: Vec<_> = operands.iter().map(|&operand| new.ty(operand)).collect();
+            // A mask of another rank or type, or heads that are grouped otherwise, stay what they are.
+            let fits = planfile::infer(&op, &types).is_ok_and(|made| made.first() == Some(new.ty(node.results[0])));
+            if fits {
+                node = Node { op, operands, results: node.results, origin };
+            }
+        }
+        let id = NodeId(new.nodes.len() as u32);
+        for (position, &result) in (0u32..).zip(&node.results) {
+            new.values[result.index()].def = ValueDef::Node(id, position);
+        }
+        new.nodes.push(node);
+    }
+    Ok(new)
+}
+
+/// The keys with their last two dimensions swapped: by the transposition that is there already, if there is one.
+fn swapped(new: &mut Graph, old: &Graph, k: ValueId, origin: &Origin) -> Result<ValueId, String> {
+    let (source, permutation) = match old.producer(k) {
+        Some(Node { op: Op::Transpose { permutation }, operands, .. }) => {
+            (operands[0], vec![permutation[0], permutation[1], permutation[3], permutation[2]])
+        }
+        _ => (k, vec![0, 1, 3, 2]),
+    };
+    let op = Op::Transpose { permutation };
+    let types = planfile::infer(&op, &[new.ty(source)])?;
+    let [ty] = types.as_slice() else { return Err("a transposition has one result".to_owned()) };
+    new.values.push(Value { ty: ty.clone(), def: ValueDef::Node(NodeId(new.nodes.len() as u32), 0), shard: None });
+    let result = ValueId(new.values.len() as u32 - 1);
+    new.nodes.push(Node { op, operands: vec![source], results: vec![result], origin: Arc::clone(origin) });
+    Ok(result)
+}
+
+#[cfg(test)]
+mod tests {
+    use ir::text::{graph_text, parse_lines};
+    use ir::verify::verify;
+
+    use super::*;
+
+    fn recognised(text: &str) -> Module {
+        let mut module = parse_lines(text).unwrap();
+        for graph in &mut module.graphs {
+            *graph = rewritten(graph).unwrap();
+        }
+        let module = dead::run(&module);
+        verify(&module).unwrap_or_else(|error| panic!("{error}\n{module}"));
+        module
+    }
+
+    #[track_caller]
+    fn check(text: &str, expected: &[&str]) {
+        let module = recognised(text);
+        let names: Vec<&str> = module.graphs[0].nodes.iter().map(|node| node.op.name()).collect();
+        assert_eq!(names, expected, "{}", graph_text(&module, &module.graphs[0]));
+    }
+
+    const SPELLED: &str = "%x: f32[2, 16, 4, 8]
+        %y: f32[2, 16, 4, 8]
+        %v: f32[2, 4, 16, 8]
+        %mask: f32[2, 1, 1, 16]
+        %t = transpose %x [0, 2, 1, 3]
+        %q = pointwise %t {$0 * 0.5}
+        %u = transpose %y [0, 2, 3, 1]
+        %k = pointwise %u {$0 * 0.5}
+        %s = dot %q, %k {batch [0, 1]x[0, 1], contract [3]x[2]}
+        %m = pointwise %s, %mask {$0 + $1}
+        %p = softmax %m {axis 3}
+        %o = dot %p, %v {batch [0, 1]x[0, 1], contract [3]x[2]}";
+
+    #[test]
+    fn products_around_a_softmax_are_attention() {
+        let text = format!("{SPELLED}\nreturn %o");
+        check(&text, &["transpose", "transpose", "attention"]);
+        // It computes the same.
+        let module = recognised(&text);
+        let inputs: Vec<planfile::Tensor> = [[2u64, 16, 4, 8], [2, 16, 4, 8], [2, 4, 16, 8], [2, 1, 1, 16]]
+            .iter()
+            .zip(1u32..)
+            .map(|(sizes, seed)| {
+                let count = sizes.iter().product::<u64>() as u32;
+                let number = |i: u32| ((i * 37 + seed * 11) % 64) as f32 / 16.0 - 2.0;
+                planfile::Tensor::from_elements(sizes, &(0..count).map(number).collect::<Vec<_>>()).unwrap()
+            })
+            .collect();
+        let run = |graph: &Graph| {
+            let mut values: std::collections::HashMap<ValueId, planfile::Tensor> = std::collections::HashMap::new();
+            for (index, value) in graph.values.iter().enumerate() {
+                if let ValueDef::Input(port) = value.def {
+                    values.insert(ValueId(index as u32), inputs[port as usize].clone());
+                }
+            }
+            for node in &graph.nodes {
+                let operands: Vec<_> = node.operands.iter().map(|operand| &values[operand]).collect();
+                let made = cpu::evaluate(&node.op, &operands).unwrap().remove(0);
+                values.insert(node.results[0], made);
+            }
+            values[&graph.outputs[0].value].elements::<f32>().unwrap().to_vec()
+        };
+        let before = run(&parse_lines(&text).unwrap().graphs[0]);
+        let after = run(&module.graphs[0]);
+        let close = |(a, b): (&f32, &f32)| (a - b).abs() < 1e-5;
+        assert!(before.iter().zip(&after).all(close), "{before:?}\n{after:?}");
+    }
+
+    #[test]
+    fn probabilities_that_others_read_are_computed() {
+        let expected = ["transpose", "pointwise", "transpose", "pointwise", "dot", "pointwise", "softmax", "dot"];
+        check(&format!("{SPELLED}\nreturn %o, %p"), &expected);
+    }
+
+    #[test]
+    fn a_guard_against_rows_without_keys_is_part_of_it() {
+        check(
+            "%q: f32[2, 4, 16, 8]
+             %k: f32[2, 4, 16, 8]
+             %v: f32[2, 4, 16, 8]
+             %s = dot %q, %k {batch [0, 1]x[0, 1], contract [3]x[3]}
+             %p = softmax %s {axis 3}
+             %g = pointwise %p {select(is_nan($0), 0.0, $0)}
+             %o = dot %g, %v {batch [0, 1]x[0, 1], contract [3]x[2]}
+             return %o",
+            &["attention"],
+        );
+    }
+}

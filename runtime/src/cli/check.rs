@@ -1,0 +1,181 @@
+//! Checks every step of a plan on GPUs against its specification on the CPU, and the outputs against another plan's.
+
+use comfy_table::Table;
+use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
+use planfile::PlanFile;
+use planfile::plan::Plan;
+use serde::Serialize;
+
+use super::bench::what;
+use super::exit::{Exit, Failure};
+use super::run::{Data, DeviceFlags, choose_entry, given_inputs, load};
+use crate::check::{Checker, Deviation, distance};
+use crate::{Devices, Session};
+
+/// Steps that the text shows, the farthest off first.
+const SHOWN_STEPS: usize = 10;
+
+/// What was compared, and how far it was off. Numbers that are not finite are null in JSON.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct CheckReport {
+    pub entry: String,
+    pub ranks: u32,
+    /// Steps that were compared, each on all ranks that run it.
+    pub steps: usize,
+    /// Exchanges of which a rank's record is missing.
+    pub uncompared: usize,
+    /// Steps beyond the tolerance of their type.
+    pub beyond: usize,
+    /// The first of them, in the plan's order.
+    pub first: Option<CheckedStep>,
+    /// The farthest off first.
+    pub worst: Vec<CheckedStep>,
+    /// Against the reference plan, where one is given.
+    pub outputs: Vec<CheckedOutput>,
+}
+
+/// A step, and how far it is from its specification on the same operands.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct CheckedStep {
+    pub program: usize,
+    pub step: usize,
+    /// Primitives of the step's kernel, and the type of the first result.
+    pub what: String,
+    /// ONNX nodes it came from.
+    pub origin: Vec<String>,
+    /// Largest difference over the largest expected value.
+    pub largest: f64,
+    /// Of the Euclidean norms.
+    pub relative: f64,
+    pub passed: bool,
+}
+
+/// An output, and how far it is from the reference plan's.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct CheckedOutput {
+    pub name: String,
+    pub largest: f64,
+    pub relative: f64,
+}
+
+/// Runs an entry step by step on GPUs and compares each step with the CPU. The outputs are also compared with those of
+/// `reference`, which the CPU executes: a plan of the same model in `f32` shows what a half type costs.
+///
+/// # Errors
+/// A plan, input or machine at fault. Being beyond the tolerance is no error here: see [`CheckReport::exit`].
+pub fn check(
+    file: PlanFile,
+    entry: Option<&str>,
+    data: Data<'_>,
+    devices: &DeviceFlags,
+    reference: Option<PlanFile>,
+) -> Result<CheckReport, Failure> {
+    if devices.devices.clone().unwrap_or_else(|| Devices::of(file.plan())) == Devices::Virtual {
+        let message = "`check` compares GPUs with the CPU, and this plan would run on the CPU: check one that is compiled \
+                       with --target for GPUs, or compare this one's outputs with `plan run --test-data DIR`";
+        return Err(Failure::new(Exit::Usage, message));
+    }
+    let (session, _) = load(file, devices)?;
+    let entry = choose_entry(&session, entry)?;
+    let inputs = given_inputs(entry, data)?;
+    let mut context = session.context_with_threads(devices.threads.unwrap_or_else(|| session.default_threads()))?;
+    let plan = session.plan();
+    let mut checker = Checker::new(plan);
+    let mut failed = None;
+    let outputs = context.run_recorded(&entry.name, &inputs, &mut |record| {
+        if failed.is_none() {
+            failed = checker.add(record).err();
+        }
+    })?;
+    if let Some(error) = failed {
+        return Err(error.into());
+    }
+    let steps: Vec<CheckedStep> = checker.found().map(|(at, found)| checked(plan, at, found)).collect();
+    let mut worst = steps.clone();
+    worst.sort_by(|a, b| b.largest.total_cmp(&a.largest));
+    let outputs = match reference {
+        None => Vec::new(),
+        Some(reference) => {
+            let session = Session::load_file(reference, Devices::Virtual, |_| {})?;
+            let expected = session.context()?.run(&choose_entry(&session, Some(&entry.name))?.name, &inputs)?;
+            let compare = |((name, actual), (_, expected)): (&(String, _), &(String, _))| {
+                let (largest, relative) = distance(actual, expected);
+                CheckedOutput { name: name.clone(), largest, relative }
+            };
+            outputs.iter().zip(&expected).map(compare).collect()
+        }
+    };
+    Ok(CheckReport {
+        entry: entry.name.clone(),
+        ranks: plan.manifest.ranks,
+        steps: steps.len(),
+        uncompared: checker.uncompared(),
+        beyond: steps.iter().filter(|step| !step.passed).count(),
+        first: steps.into_iter().find(|step| !step.passed),
+        worst,
+        outputs,
+    })
+}
+
+fn checked(plan: &Plan, (program, number): (usize, usize), found: Deviation) -> CheckedStep {
+    let step = plan.programs.get(program).and_then(|program| program.steps.get(number));
+    let names = &plan.explanations.names;
+    let origin = step.map_or(&[][..], |step| &step.origin);
+    CheckedStep {
+        program,
+        step: number,
+        what: step.map_or_else(String::new, |step| what(plan, step)),
+        origin: origin.iter().filter_map(|&name| names.get(name as usize)).cloned().collect(),
+        largest: found.largest,
+        relative: found.relative,
+        passed: found.passes,
+    }
+}
+
+impl CheckReport {
+    /// Whether every step was within its tolerance.
+    pub fn exit(&self) -> Exit {
+        if self.beyond == 0 && self.uncompared == 0 { Exit::Success } else { Exit::Beyond }
+    }
+
+    pub fn text(&self) -> String {
+        let mut text = format!(
+            "checked {} steps of `{}` on {} GPU{} against the CPU: {} beyond their tolerance\n",
+            self.steps,
+            self.entry,
+            self.ranks,
+            if self.ranks == 1 { "" } else { "s" },
+            self.beyond,
+        );
+        if self.uncompared > 0 {
+            text.push_str(&format!("{} exchanges were not compared: a rank's record is missing\n", self.uncompared));
+        }
+        if let Some(CheckedStep { program, step, what, origin, largest, relative, .. }) = &self.first {
+            text.push_str(&format!(
+                "the first: step #{step} of program {program}, {what}, from {}: {largest:.2e} of the largest, {relative:.2e} \
+                 in the norm\n",
+                if origin.is_empty() { "no node".to_owned() } else { origin.join(", ") },
+            ));
+        }
+        let mut table = Table::new();
+        table.load_style(UTF8_HORIZONTAL_ONLY);
+        table.set_header(["step", "computes", "of largest", "norm", "", "from"]);
+        for step in self.worst.iter().take(SHOWN_STEPS) {
+            table.add_row([
+                format!("{}.{}", step.program, step.step),
+                step.what.clone(),
+                format!("{:.2e}", step.largest),
+                format!("{:.2e}", step.relative),
+                if step.passed { "ok" } else { "BEYOND" }.to_owned(),
+                step.origin.join(" "),
+            ]);
+        }
+        text.push_str(&format!("{table}\n"));
+        for CheckedOutput { name, largest, relative } in &self.outputs {
+            text.push_str(&format!(
+                "{name} against the reference plan: {largest:.2e} of the largest, {relative:.2e} in the norm\n"
+            ));
+        }
+        text
+    }
+}
