@@ -6,7 +6,7 @@ use ir::{Graph, Placement, ValueDef, ValueId, WeightId};
 use kernels::cuda::{Launch, Selected};
 use planfile::fingerprint::Fingerprint;
 use planfile::plan::{
-    Action, Argument, Binding, Code, CollectiveAlgorithm, Explanations, Implementation, Kernel, LaunchShape,
+    Action, Argument, Binding, Call, Code, CollectiveAlgorithm, Explanations, Implementation, Kernel, LaunchShape,
     LinkRequirement, Manifest, Place, PlacedWeight, Plan, PlanAxis, PlanEntry, PlanPiece, PlanPort, PlanState,
     PlanWeight, Program, SplitDim, Step, TargetRef,
 };
@@ -269,7 +269,11 @@ impl Lowering<'_> {
             (Some(spec), Some(Selected::Library { library, call, workspace_bytes })) => {
                 let implementation =
                     Implementation::Library { library: *library, version: String::new(), call: call.clone() };
-                let kernel = self.kernel(spec, node.op.name(), |_| implementation);
+                let name = match call {
+                    Call::Matmul(_) => "matmul",
+                    Call::Convolution(_) => "convolution",
+                };
+                let kernel = self.kernel(spec, name, |_| implementation);
                 let workspace = schedule.workspaces.get(&index).map(|&offset| Place {
                     ty: TensorType::new(DType::U8, &[*workspace_bytes]),
                     at: Argument::Arena { offset },

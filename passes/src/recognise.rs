@@ -55,6 +55,34 @@ impl<'a> Readers<'a> {
     }
 }
 
+impl<'a> Readers<'a> {
+    /// What the node replaces by zero where it is not a number, and reads alone; with the node that tests it, where that is
+    /// another one.
+    fn guarded(&self, guard: &'a Node) -> Option<(ValueId, Option<&'a Node>)> {
+        let Op::Pointwise { expr, .. } = &guard.op else { return None };
+        match guard.operands.as_slice() {
+            &[value] if is_guard(expr) && self.counts[value.index()] == 1 => Some((value, None)),
+            &[first, second] => {
+                let test = [first, second].into_iter().find_map(|operand| {
+                    let test = self.private(operand)?;
+                    let Op::Pointwise { expr, .. } = &test.op else { return None };
+                    let is_test = expr.ops == [ExprOp::Operand(0), ExprOp::Unary(Unary::IsNan)];
+                    is_test.then_some((operand, test))
+                })?;
+                let (value, numbers) = if test.0 == first { (second, [0, 1]) } else { (first, [1, 0]) };
+                let [ExprOp::Operand(a), ExprOp::Const(zero), ExprOp::Operand(b), ExprOp::Select] = expr.ops.as_slice()
+                else {
+                    return None;
+                };
+                // Read by the test and by the choice.
+                let alone = test.1.operands == [value] && self.counts[value.index()] == 2;
+                ([*a, *b] == numbers && zero.to_f64() == 0.0 && alone).then_some((value, Some(test.1)))
+            }
+            _ => None,
+        }
+    }
+}
+
 /// What an attention is made of.
 struct Found {
     q: ValueId,
@@ -84,12 +112,10 @@ fn found(readers: &Readers<'_>, node: &Node) -> Option<Found> {
     let mut softmax = readers.private(probabilities);
     // A guard against rows that see nothing: they are zero anyway.
     if let Some(guard) = softmax
-        && let Op::Pointwise { expr, .. } = &guard.op
-        && is_guard(expr)
-        && let &[guarded] = guard.operands.as_slice()
+        && let Some((guarded, test)) = readers.guarded(guard)
     {
-        parts.push(guard);
-        softmax = readers.private(guarded);
+        parts.extend([guard].into_iter().chain(test));
+        softmax = graph.producer(guarded);
     }
     let softmax = softmax.filter(|node| matches!(node.op, Op::Softmax { axis: 3, log: false }))?;
     parts.push(softmax);
@@ -167,6 +193,9 @@ fn scaled(expr: &Expr, product: u16) -> Option<(f64, Option<u16>)> {
                     (Binary::Div, Term::Product(factor, None), Term::Number(number)) => {
                         Term::Product(factor / number, None)
                     }
+                    // A mask of nothing.
+                    (Binary::Add, Term::Product(factor, None), Term::Number(0.0))
+                    | (Binary::Add, Term::Number(0.0), Term::Product(factor, None)) => Term::Product(factor, None),
                     (Binary::Add, Term::Product(factor, None), Term::Operand(mask))
                     | (Binary::Add, Term::Operand(mask), Term::Product(factor, None)) => {
                         Term::Product(factor, Some(mask))
@@ -320,6 +349,20 @@ mod tests {
              %s = dot %q, %k {batch [0, 1]x[0, 1], contract [3]x[3]}
              %p = softmax %s {axis 3}
              %g = pointwise %p {select(is_nan($0), 0.0, $0)}
+             %o = dot %g, %v {batch [0, 1]x[0, 1], contract [3]x[2]}
+             return %o",
+            &["attention"],
+        );
+        // As exporters spell it.
+        check(
+            "%q: f32[2, 4, 16, 8]
+             %k: f32[2, 4, 16, 8]
+             %v: f32[2, 4, 16, 8]
+             %s = dot %q, %k {batch [0, 1]x[0, 1], contract [3]x[3]}
+             %m = pointwise %s {$0 + 0.0}
+             %p = softmax %m {axis 3}
+             %n: bool[2, 4, 16, 16] = pointwise %p {is_nan($0)}
+             %g = pointwise %n, %p {select($0, 0.0, $1)}
              %o = dot %g, %v {batch [0, 1]x[0, 1], contract [3]x[2]}
              return %o",
             &["attention"],

@@ -15,6 +15,8 @@ pub fn inputs(spec: &Spec, seed: u64) -> Vec<Tensor> {
     let types = spec.types().unwrap_or_default();
     let fill = |(position, ty): (usize, &TensorType)| match bounds_of(spec, &types, position) {
         Some(bounds) => indices(ty, &bounds, &mut random),
+        None if seed == 1 && is_additive_mask(spec, position, ty) => mask(ty, &mut random),
+        None if seed == 1 && is_of_equals(spec, position) => equals(ty, &mut random),
         None => numbers(ty, seed == 2, special, &mut random),
     };
     spec.inputs.iter().enumerate().map(fill).collect()
@@ -38,6 +40,51 @@ fn bounds_of(spec: &Spec, types: &[TensorType], input: usize) -> Option<Vec<u64>
             _ => None,
         }
     })
+}
+
+fn is_additive_mask(spec: &Spec, input: usize, ty: &TensorType) -> bool {
+    let is_mask = |op: &Op, operands: &[u32]| {
+        matches!(op, Op::Attention { mask: true, .. }) && operands.get(3) == Some(&(input as u32))
+    };
+    ty.dtype.is_float() && spec.nodes.iter().any(|node| is_mask(&node.op, &node.operands))
+}
+
+/// Rows that hide all, by infinity or by the lowest number, some of the lowest number, or nothing.
+fn mask(ty: &TensorType, random: &mut Random) -> Tensor {
+    let keys = ty.sizes().last().copied().unwrap_or(1).max(1);
+    tensor(ty, |position| {
+        let (hides, own) = (random.next().is_multiple_of(2), (random.next() % 401) as f64 / 100.0 - 2.0);
+        let value = match position as u64 / keys % 4 {
+            0 => f64::NEG_INFINITY,
+            1 => -highest(ty.dtype),
+            2 if hides => -highest(ty.dtype),
+            _ => own,
+        };
+        Scalar::from_f64(ty.dtype, value)
+    })
+}
+
+/// Whether rows of equals go to a normalisation of so small an epsilon that any other mean than theirs shows.
+fn is_of_equals(spec: &Spec, input: usize) -> bool {
+    let shows = |op: &Op| matches!(op, Op::Norm { epsilon, .. } if epsilon.0 < 1e-9);
+    spec.nodes.iter().any(|node| shows(&node.op) && node.operands.first() == Some(&(input as u32)))
+}
+
+fn equals(ty: &TensorType, random: &mut Random) -> Tensor {
+    let width = ty.sizes().last().copied().unwrap_or(1).max(1);
+    let rows: Vec<f64> = (0..8).map(|_| (random.next() % 4001) as f64 / 1000.0 - 2.0).collect();
+    tensor(ty, |position| Scalar::from_f64(ty.dtype, rows[(position as u64 / width % 8) as usize]))
+}
+
+/// The highest finite number of a type of floats.
+fn highest(dtype: DType) -> f64 {
+    match dtype {
+        DType::F16 => 65504.0,
+        // The upper half of the bits of the largest `f32`.
+        DType::BF16 => f64::from(f32::from_bits(0x7f7f_0000)),
+        DType::F32 => f64::from(f32::MAX),
+        _ => f64::MAX,
+    }
 }
 
 fn indices(ty: &TensorType, bounds: &[u64], random: &mut Random) -> Tensor {
@@ -102,13 +149,7 @@ impl Special {
     fn number(self, dtype: DType, random: &mut Random) -> Scalar {
         let pick = random.next();
         if dtype.is_float() {
-            let highest = match dtype {
-                DType::F16 => 65504.0,
-                // The upper half of the bits of the largest `f32`.
-                DType::BF16 => f64::from(f32::from_bits(0x7f7f_0000)),
-                DType::F32 => f64::from(f32::MAX),
-                _ => f64::MAX,
-            };
+            let highest = highest(dtype);
             let all = [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, 0.0, -0.0, highest, -highest];
             let count = if self.extremes { 7 } else { 5 };
             return Scalar::from_f64(dtype, all[(pick % count) as usize]);

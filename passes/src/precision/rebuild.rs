@@ -111,6 +111,16 @@ impl<'a, 'b> Rebuild<'a, 'b> {
         Ok(cast)
     }
 
+    /// Whether it is a weight, or a weight that was only moved.
+    fn is_constant(&self, value: ValueId) -> bool {
+        let mut value = value;
+        while let Some(node) = self.old.producer(value) {
+            let (Class::Movement, Some(&source)) = (class(&node.op), node.operands.first()) else { return false };
+            value = source;
+        }
+        self.is_weight(value)
+    }
+
     fn demand(&self, node: &Node) -> Demand {
         node.results.first().map_or(Demand::Either, |result| self.demands[result.index()])
     }
@@ -133,7 +143,8 @@ impl<'a, 'b> Rebuild<'a, 'b> {
                 None => DType::F32,
             },
             Class::Joining => {
-                let others: Vec<ValueId> = floats.iter().copied().filter(|&operand| !self.is_weight(operand)).collect();
+                let others: Vec<ValueId> =
+                    floats.iter().copied().filter(|&operand| !self.is_constant(operand)).collect();
                 let single = others.iter().any(|&operand| self.dtype_of(operand) == DType::F32);
                 match self.demand(node) {
                     Demand::Half => self.dtype,
