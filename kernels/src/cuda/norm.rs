@@ -1,6 +1,6 @@
 //! Layer and root-mean-square normalisation: a group of threads for each row, held in registers where it fits.
 //!
-//! Statistics in two passes over the row, in `f32`, or in `f64` for `f64`; of layers relative to the row's first element.
+//! Statistics in two passes over the row, in `f32`, or in `f64` for `f64`; layers are relative to their first element.
 //! Squares in `f32` are infinite beyond 1.8e19: rows with such differences, which `f64` would normalise, give 0.
 
 use planfile::op::NormKind;

@@ -1,7 +1,7 @@
 //! Reductions: a group of threads for each result where what is reduced is contiguous, a thread for each column of
 //! results where they are.
 //!
-//! Sums accumulate in `f32` for half types and `f32`, long ones in runs whose sums are added in `f64`; in `f64` for `f64`.
+//! Sums accumulate in `f32` for half types and `f32`, long ones in runs that are added in `f64`; in `f64` for `f64`.
 //! In an order that the shape alone decides.
 
 use planfile::op::{Combine, ReduceKind};
