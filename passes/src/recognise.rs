@@ -60,9 +60,9 @@ impl<'a> Readers<'a> {
     /// another one.
     fn guarded(&self, guard: &'a Node) -> Option<(ValueId, Option<&'a Node>)> {
         let Op::Pointwise { expr, .. } = &guard.op else { return None };
-        match guard.operands.as_slice() {
-            &[value] if is_guard(expr) && self.counts[value.index()] == 1 => Some((value, None)),
-            &[first, second] => {
+        match *guard.operands.as_slice() {
+            [value] if is_guard(expr) && self.counts[value.index()] == 1 => Some((value, None)),
+            [first, second] => {
                 let test = [first, second].into_iter().find_map(|operand| {
                     let test = self.private(operand)?;
                     let Op::Pointwise { expr, .. } = &test.op else { return None };
