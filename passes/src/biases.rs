@@ -35,7 +35,7 @@ pub fn run(mut module: Module, settings: &Settings<'_>) -> Result<Module, PassEr
     let mut rounded: HashMap<(WeightId, DType), WeightId> = HashMap::new();
     let Module { graphs, weights, .. } = &mut module;
     for graph in graphs.iter_mut() {
-        let reads = reads(graph);
+        let reads = graph.read_counts();
         for index in 0..graph.nodes.len() {
             let found = bias(graph, &graph.nodes[index], &reads, &options);
             let Some(Bias { operand, weight, ty, expr }) = found else { continue };
@@ -71,16 +71,6 @@ struct Bias {
     ty: TensorType,
     /// The node's expression then.
     expr: Expr,
-}
-
-/// How often each value is read, as an output too.
-fn reads(graph: &Graph) -> Vec<u32> {
-    let mut reads = vec![0; graph.values.len()];
-    let outputs = graph.outputs.iter().map(|output| output.value);
-    for value in graph.nodes.iter().flat_map(|node| node.operands.iter().copied()).chain(outputs) {
-        reads[value.index()] += 1;
-    }
-    reads
 }
 
 fn bias(graph: &Graph, node: &Node, reads: &[u32], options: &Options) -> Option<Bias> {
@@ -127,13 +117,9 @@ fn bias(graph: &Graph, node: &Node, reads: &[u32], options: &Options) -> Option<
 
 /// The weight, rounded to a half type.
 fn cast(weight: &Weight, dtype: DType) -> Result<Weight, String> {
-    let mut recipe = weight.recipe.clone();
-    let result = recipe.spec.types()?.len() as u32;
     let dims = weight.ty.sizes().into_iter().map(Dim::Static).collect();
     let op = Op::Pointwise { expr: convert(dtype, dtype == DType::F16), dims };
-    recipe.spec.nodes.push(SpecNode { op, operands: recipe.spec.results.clone() });
-    recipe.spec.results = vec![result];
-    recipe.spec.result_types()?;
+    let recipe = weight.recipe.clone().then(op)?;
     Ok(Weight { name: weight.name.clone(), ty: weight.ty.with_dtype(dtype), recipe })
 }
 

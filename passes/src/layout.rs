@@ -18,7 +18,7 @@ use std::sync::Arc;
 use ir::{Graph, Module, Node, NodeId, Origin, Placement, Value, ValueDef, ValueId, Weight, WeightId};
 use kernels::cuda::{channels_first, channels_last};
 use planfile::op::Window;
-use planfile::{DType, Dim, ExprOp, Op, SpecNode, TensorType};
+use planfile::{DType, Dim, ExprOp, Op, TensorType};
 
 use crate::error::PassError;
 use crate::lower;
@@ -324,12 +324,7 @@ impl<'a> Rebuild<'a> {
 
 /// The weight, its dimensions in another order.
 fn transposed(weight: &Weight, permutation: &[u8]) -> Result<Weight, String> {
-    let mut recipe = weight.recipe.clone();
-    let &[last] = recipe.spec.results.as_slice() else { return Err("a recipe has several results".to_owned()) };
-    let result = recipe.spec.types()?.len() as u32;
-    let op = Op::Transpose { permutation: permutation.to_vec() };
-    recipe.spec.nodes.push(SpecNode { op, operands: vec![last] });
-    recipe.spec.results = vec![result];
+    let recipe = weight.recipe.clone().then(Op::Transpose { permutation: permutation.to_vec() })?;
     let ty: TensorType = recipe.spec.result_types()?.remove(0);
     Ok(Weight { name: weight.name.clone(), ty, recipe })
 }

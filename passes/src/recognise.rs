@@ -41,12 +41,7 @@ struct Readers<'a> {
 
 impl<'a> Readers<'a> {
     fn new(graph: &'a Graph) -> Self {
-        let mut counts = vec![0; graph.values.len()];
-        let outputs = graph.outputs.iter().map(|output| output.value);
-        for value in graph.nodes.iter().flat_map(|node| node.operands.iter().copied()).chain(outputs) {
-            counts[value.index()] += 1;
-        }
-        Self { graph, counts }
+        Self { graph, counts: graph.read_counts() }
     }
 
     /// The node that makes a value which only one other reads.

@@ -163,6 +163,16 @@ impl Graph {
         }
     }
 
+    /// For each value, how often it is read: by nodes, and as an output.
+    pub fn read_counts(&self) -> Vec<u32> {
+        let mut counts = vec![0; self.values.len()];
+        let outputs = self.outputs.iter().map(|output| output.value);
+        for value in self.nodes.iter().flat_map(|node| node.operands.iter().copied()).chain(outputs) {
+            counts[value.index()] += 1;
+        }
+        counts
+    }
+
     fn add_value(&mut self, ty: TensorType, def: ValueDef) -> ValueId {
         self.values.push(Value { ty, def, shard: None });
         ValueId(self.values.len() as u32 - 1)

@@ -92,7 +92,7 @@ impl<'a> Weights<'a> {
         let saturate = dtype == DType::F16 || self.exceeds(id);
         let dims = ty.sizes().into_iter().map(Dim::Static).collect();
         let op = Op::Pointwise { expr: convert(dtype, saturate), dims };
-        let mut recipe = recipe.clone();
+        let recipe = recipe.clone();
         if let (true, [input]) = (recipe.spec.nodes.is_empty(), recipe.inputs.as_slice())
             && let Source::Inline(data) = &input.source
         {
@@ -102,9 +102,6 @@ impl<'a> Weights<'a> {
             let result = result.into_iter().next().ok_or_else(|| PassError::invalid(NAME, "a cast has no result"))?;
             return Ok(Recipe::source(result.ty, Source::Inline(result.data)));
         }
-        let types = recipe.spec.types().map_err(|why| PassError::invalid(NAME, why))?;
-        recipe.spec.nodes.push(SpecNode { op, operands: recipe.spec.results.clone() });
-        recipe.spec.results = vec![types.len() as u32];
-        Ok(recipe)
+        recipe.then(op).map_err(|why| PassError::invalid(NAME, why))
     }
 }

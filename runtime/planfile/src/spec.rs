@@ -108,4 +108,16 @@ impl Recipe {
     pub fn source(ty: TensorType, source: Source) -> Self {
         Self { spec: Spec::identity(ty.clone()), inputs: vec![RecipeInput { ty, source }] }
     }
+
+    /// The recipe, with one more primitive on its result.
+    ///
+    /// # Errors
+    /// What does not fit, or a recipe of several results.
+    pub fn then(mut self, op: Op) -> Result<Self, String> {
+        let &[last] = self.spec.results.as_slice() else { return Err("a recipe has several results".to_owned()) };
+        let result = self.spec.types()?.len() as u32;
+        self.spec.nodes.push(SpecNode { op, operands: vec![last] });
+        self.spec.results = vec![result];
+        self.spec.result_types().map(|_| self)
+    }
 }
