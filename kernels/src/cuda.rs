@@ -9,6 +9,7 @@ use planfile::{Op, RankScalar, Spec};
 mod attention;
 mod block;
 mod convolution;
+mod curve;
 mod epilogue;
 mod generated;
 mod norm;

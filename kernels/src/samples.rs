@@ -4,6 +4,7 @@
 
 mod blocks;
 mod elementwise;
+mod epilogues;
 mod inputs;
 
 use planfile::{DType, Op, Spec, TensorType};
@@ -29,6 +30,8 @@ pub fn samples() -> Vec<Sample> {
     elementwise::gather(&mut list);
     elementwise::windows(&mut list);
     elementwise::products(&mut list);
+    epilogues::products(&mut list);
+    epilogues::convolutions(&mut list);
     list.samples
 }
 
@@ -42,6 +45,12 @@ impl List {
     fn one(&mut self, op: Op, inputs: Vec<TensorType>) {
         let spec = Spec::of(op, inputs).expect("a sample is well-formed");
         self.spec(spec);
+    }
+
+    /// A specification that was put together.
+    #[expect(clippy::expect_used, reason = "as above")]
+    fn made(&mut self, spec: Option<Spec>) {
+        self.spec(spec.expect("a sample is well-formed"));
     }
 
     fn spec(&mut self, spec: Spec) {

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use passes::shard::{MeshChoice, parse_mesh};
 use planfile::{DType, Target, Tensor};
 use planwright::compiler::Request;
+use runtime::compare::to_f64s;
 use runtime::tensor_file::TestData;
 use runtime::{Devices, Session};
 
@@ -14,6 +15,36 @@ use crate::error;
 
 /// Largest error of `f32` models, as a share of the largest reference value.
 const TOLERANCE: f64 = 1e-4;
+
+/// How far outputs are off others, or may be.
+#[derive(Clone, Copy, Default)]
+struct Difference {
+    /// The largest, as a share of the largest value.
+    largest: f64,
+    /// The norm of all differences, as a share of the norm of all values.
+    norm: f64,
+}
+
+impl Difference {
+    fn between(actual: &Tensor, expected: &Tensor) -> Self {
+        let largest = error(actual, expected);
+        let [actual, expected] = [actual, expected].map(to_f64s);
+        let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|value| value * value).sum::<f64>().sqrt();
+        let off = norm(&mut actual.iter().zip(&expected).map(|(a, b)| if a == b { 0.0 } else { a - b }));
+        let all = norm(&mut expected.iter().copied());
+        Self { largest, norm: if off == 0.0 { 0.0 } else { off / all.max(f64::MIN_POSITIVE) } }
+    }
+
+    /// Of the worse one of each.
+    fn worse(self, other: Self) -> Self {
+        Self { largest: self.largest.max(other.largest), norm: self.norm.max(other.norm) }
+    }
+
+    fn exceeds(self, bound: Self) -> bool {
+        // A comparison that NaN does not pass.
+        !(self.largest <= bound.largest && self.norm <= bound.norm)
+    }
+}
 
 /// Models with sample inputs and references, those that `fixtures/fetch.py` brings included.
 fn models() -> Vec<(String, PathBuf)> {
@@ -33,35 +64,35 @@ fn models() -> Vec<(String, PathBuf)> {
 }
 
 /// What outputs may be off the `f32` reference: for half types it is the model's own rounding, not the devices'.
-fn tolerance(name: &str, dtype: Option<DType>) -> f64 {
+fn tolerance(name: &str, dtype: Option<DType>) -> Difference {
+    let both = |bound| Difference { largest: bound, norm: bound };
     match (dtype, name) {
-        (None | Some(DType::F32), _) => TOLERANCE,
+        (None | Some(DType::F32), _) => both(TOLERANCE),
         // A last sigmoid of sums as large as 130, whose rounding moves whole edges of the map.
-        (_, "ppocr_det") => 5e-1,
+        (_, "ppocr_det") => Difference { largest: 5e-1, norm: 5e-2 },
         // Tokens are routed to other experts where two are nearly as good: some rows are another expert's.
-        (Some(DType::BF16), "tiny_mixtral") => 1.0,
-        (Some(DType::BF16), _) => 1e-1,
-        (Some(_), _) => 3e-2,
+        (Some(DType::BF16), "tiny_mixtral") => Difference { largest: 1.0, norm: 2e-1 },
+        (Some(DType::BF16), _) => both(1e-1),
+        (Some(_), _) => both(3e-2),
     }
 }
 
 /// What outputs may be off the same plan's on the CPU: half types round where they are stored, and deep networks amplify
 /// that.
-fn tolerance_from_cpu(name: &str, dtype: Option<DType>) -> f64 {
+fn tolerance_from_cpu(name: &str, dtype: Option<DType>) -> Difference {
+    let both = |bound| Difference { largest: bound, norm: bound };
     match (dtype, name) {
         // As above: edges of the map, and tokens that are routed elsewhere.
         (Some(_), "ppocr_det") | (Some(DType::BF16), "tiny_mixtral") => tolerance(name, dtype),
-        (Some(DType::BF16), _) => 3e-2,
-        (Some(DType::F16), _) => 5e-3,
-        _ => TOLERANCE,
+        (Some(DType::BF16), _) => both(3e-2),
+        (Some(DType::F16), _) => both(5e-3),
+        _ => both(TOLERANCE),
     }
 }
 
 struct Row {
-    /// Against the reference.
-    error: f64,
-    /// Against the same plan on virtual devices.
-    from_cpu: f64,
+    from_reference: Difference,
+    from_cpu: Difference,
 }
 
 fn run(folder: &Path, data: &TestData, mesh: &MeshChoice, dtype: Option<DType>) -> Result<Row, String> {
@@ -90,10 +121,11 @@ fn run(folder: &Path, data: &TestData, mesh: &MeshChoice, dtype: Option<DType>) 
         return Err("results differ from run to run".to_owned());
     }
     let on_cpu = outputs(Devices::Virtual, 1)?.remove(0);
-    let worst = |errors: Vec<f64>| errors.into_iter().fold(0.0, f64::max);
-    let reference = first.iter().zip(&data.outputs).map(|((_, actual), expected)| error(actual, expected)).collect();
-    let host = first.iter().zip(&on_cpu).map(|((_, actual), (_, expected))| error(actual, expected)).collect();
-    Ok(Row { error: worst(reference), from_cpu: worst(host) })
+    let worst = |differences: Vec<Difference>| differences.into_iter().fold(Difference::default(), Difference::worse);
+    let actual = || first.iter().map(|(_, actual)| actual);
+    let reference = actual().zip(&data.outputs).map(|(a, b)| Difference::between(a, b)).collect();
+    let host = actual().zip(&on_cpu).map(|(a, (_, b))| Difference::between(a, b)).collect();
+    Ok(Row { from_reference: worst(reference), from_cpu: worst(host) })
 }
 
 /// On the mesh that is best by prediction, which is often one without any exchange, and on meshes that must exchange.
@@ -104,20 +136,27 @@ fn check(gpus: u32, meshes: &[&str]) {
     let meshes: Vec<(String, MeshChoice)> = chosen.into_iter().chain(fixed).collect();
     let part = std::env::var("MODELS_ONLY").unwrap_or_default();
     let mut failures = Vec::new();
-    println!("model                    mesh                    type     off the reference   off the CPU");
+    println!("{:59}{:>18} {:>18}", "", "off the reference", "off the CPU");
+    println!(
+        "{:24} {:23} {:8}  {:>9} {:>9} {:>9} {:>9}",
+        "model", "mesh", "type", "largest", "norm", "largest", "norm"
+    );
     for (name, folder) in models().iter().filter(|(name, _)| name.contains(&part)) {
         let data = TestData::read(&folder.join("test_data_set_0")).unwrap();
         for (mesh, choice) in &meshes {
             for dtype in [None, Some(DType::F16), Some(DType::BF16)] {
                 let label = dtype.map_or("as it is", DType::name);
                 match run(folder, &data, choice, dtype) {
-                    Ok(Row { error, from_cpu }) => {
-                        println!("{name:24} {mesh:23} {label:8} {error:17.1e} {from_cpu:13.1e}");
-                        if error > tolerance(name, dtype) {
-                            failures.push(format!("{name} {mesh} {label}: {error:.1e} off the reference"));
-                        }
-                        if from_cpu > tolerance_from_cpu(name, dtype) {
-                            failures.push(format!("{name} {mesh} {label}: {from_cpu:.1e} off the CPU"));
+                    Ok(Row { from_reference, from_cpu }) => {
+                        let numbers = [from_reference.largest, from_reference.norm, from_cpu.largest, from_cpu.norm];
+                        let numbers: String = numbers.map(|number| format!(" {number:9.1e}")).concat();
+                        println!("{name:24} {mesh:23} {label:8} {numbers}");
+                        let too_far = [
+                            (from_reference.exceeds(tolerance(name, dtype)), "the reference"),
+                            (from_cpu.exceeds(tolerance_from_cpu(name, dtype)), "the CPU"),
+                        ];
+                        for (_, from) in too_far.iter().filter(|(exceeds, _)| *exceeds) {
+                            failures.push(format!("{name} {mesh} {label}: off {from}:{numbers}"));
                         }
                     }
                     Err(why) => {

@@ -11,7 +11,7 @@
 
 use planfile::op::Window;
 use planfile::plan::{Activation, Call, Convolution, Library};
-use planfile::{DType, Op, Spec, TensorType};
+use planfile::{DType, Op, Spec};
 
 use super::epilogue::{Epilogue, epilogue};
 use super::view::producer;
@@ -58,29 +58,20 @@ pub(super) fn select(spec: &Spec, options: &Options) -> Option<Selected> {
         at = (spec.inputs.len() + after) as u32;
     }
     let channel = if last { rank - 1 } else { 1 };
-    let (mut how, mut operands) = (Epilogue::PLAIN, [].as_slice());
+    let mut how = Epilogue::PLAIN;
     if result != at {
-        let head = producer(spec, result)?;
-        used.push(head);
-        let Op::Pointwise { expr, .. } = &spec.nodes[head].op else { return None };
-        operands = spec.nodes[head].operands.as_slice();
-        let product = operands.iter().position(|&operand| operand == at)?;
-        let given: Vec<&TensorType> = operands.iter().map(|&operand| &types[operand as usize]).collect();
-        how = epilogue(expr, product as u16, &given, &types[at as usize].sizes(), channel)?;
+        let (found, nodes) = epilogue(spec, &types, at, channel)?;
+        how = found;
+        used.extend(nodes);
     }
     used.sort_unstable();
     used.dedup();
     if used.len() != spec.nodes.len() || types[result as usize].elements()? == 0 {
         return None;
     }
-    let input_of = |operand: Option<u16>| match operand.map(|operand| operands[usize::from(operand)]) {
-        None => Some(None),
-        Some(value) => producer(spec, value).is_none().then_some(Some(value)),
-    };
-    let (bias, residual) = (input_of(how.bias)?, input_of(how.residual)?);
     // The library's fused call takes a bias always, and knows no transposed convolution.
     let fused = how != Epilogue::PLAIN;
-    if fused && (*transposed || bias.is_none() || how.scale != 1.0 || how.activation == Activation::GeluTanh) {
+    if fused && (*transposed || how.bias.is_none() || how.scale != 1.0 || how.activation == Activation::GeluTanh) {
         return None;
     }
     let dtype = types[value as usize].dtype;
@@ -93,8 +84,8 @@ pub(super) fn select(spec: &Spec, options: &Options) -> Option<Selected> {
     let call = Call::Convolution(Convolution {
         input,
         filter,
-        bias,
-        residual,
+        bias: how.bias,
+        residual: how.residual,
         relu: how.activation == Activation::Relu,
         channels_last: last,
         batch: xs[0],
@@ -158,7 +149,7 @@ impl Shape {
 
 #[cfg(test)]
 mod tests {
-    use planfile::{Binary, Dim, Expr, Scalar, SpecNode};
+    use planfile::{Binary, Dim, Expr, Scalar, SpecNode, TensorType};
 
     use super::*;
 

@@ -7,7 +7,7 @@
 
 use planfile::plan::{Call, Library, Matmul, Matrix};
 use planfile::types::strides;
-use planfile::{DType, Op, Real, Spec, TensorType};
+use planfile::{DType, Op, Real, Spec, SpecNode, TensorType};
 
 use super::epilogue::{Epilogue, epilogue};
 use super::view::{Axis, View, merged, producer, view};
@@ -31,41 +31,23 @@ pub(super) fn select(spec: &Spec, options: &Options) -> Option<Selected> {
 
     let result = *spec.results.first()?;
     let sizes = types[value as usize].sizes();
-    let dense = strides(&sizes);
-    let (mut how, mut bias, mut residual) = (Epilogue::PLAIN, None, None);
+    let mut how = Epilogue::PLAIN;
     // Where each dimension of the product lies in the result.
-    let mut at = dense.clone();
-    if result != value {
-        let last = producer(spec, result)?;
-        used.push(last);
-        match &spec.nodes[last].op {
-            Op::Pointwise { expr, dims } => {
-                let operands = &spec.nodes[last].operands;
-                let flat = through_reshapes(spec, operands, value, &mut used)?;
-                let product = operands.iter().position(|&operand| flat(operand) == value)?;
-                // What is broadcast afterwards is more than the library stores.
-                if types[operands[product] as usize].dims != *dims {
-                    return None;
-                }
-                let product_sizes = types[operands[product] as usize].sizes();
-                let types: Vec<&TensorType> = operands.iter().map(|&operand| &types[operand as usize]).collect();
-                let channel = product_sizes.len().checked_sub(1)?;
-                how = epilogue(expr, product as u16, &types, &product_sizes, channel)?;
-                let input = |operand: Option<u16>| {
-                    let Some(operand) = operand else { return Some(None) };
-                    let value = operands[usize::from(operand)];
-                    ((value as usize) < spec.inputs.len()).then_some(Some(value))
-                };
-                (bias, residual) = (input(how.bias)?, input(how.residual)?);
+    let mut at = strides(&sizes);
+    match producer(spec, result).map(|last| (last, &spec.nodes[last])) {
+        Some((last, SpecNode { op: Op::Transpose { permutation }, operands })) if *operands == [value] => {
+            used.push(last);
+            let moved: Vec<u64> = permutation.iter().map(|&from| sizes[usize::from(from)]).collect();
+            for (&from, stride) in permutation.iter().zip(strides(&moved)) {
+                at[usize::from(from)] = stride;
             }
-            Op::Transpose { permutation } if spec.nodes[last].operands == [value] => {
-                let moved: Vec<u64> = permutation.iter().map(|&from| sizes[usize::from(from)]).collect();
-                for (&from, stride) in permutation.iter().zip(strides(&moved)) {
-                    at[usize::from(from)] = stride;
-                }
-            }
-            _ => return None,
         }
+        _ if result != value => {
+            let (found, nodes) = epilogue(spec, &types, value, sizes.len().checked_sub(1)?)?;
+            how = found;
+            used.extend(nodes);
+        }
+        _ => {}
     }
     used.sort_unstable();
     used.dedup();
@@ -86,11 +68,9 @@ pub(super) fn select(spec: &Spec, options: &Options) -> Option<Selected> {
     let right = matrix(&b, merged(&sides.b_contract)?, merged(&sides.b_free)?, merged(&sides.b_batch)?)?;
     let whole = View { input: 0, offset: 0, axes: Vec::new() };
     let stored = matrix(&whole, rows, columns, batches).filter(|stored| stored.column_stride == 1)?;
-    if bias.is_some() && merged(&sides.b_free)?.0 != types[*spec.results.first()? as usize].sizes().last().copied()? {
-        return None;
-    }
     let out = &types[result as usize];
-    let fused = [bias, residual].into_iter().flatten().all(|operand| spec.inputs[operand as usize].dtype == out.dtype);
+    let mut added = [how.bias, how.residual].into_iter().flatten();
+    let fused = added.all(|operand| spec.inputs[operand as usize].dtype == out.dtype);
     let left_dtype = spec.inputs[a.input as usize].dtype;
     // Epilogues are made for results of the operands' type, and not for `f64`.
     let plain = how == Epilogue::PLAIN || (out.dtype == left_dtype && out.dtype != DType::F64);
@@ -106,33 +86,14 @@ pub(super) fn select(spec: &Spec, options: &Options) -> Option<Selected> {
         b: right,
         result: stored,
         scale: Real(how.scale),
-        bias,
-        residual,
+        bias: how.bias,
+        residual: how.residual,
         activation: how.activation,
         allow_tf32: options.allow_tf32,
     });
     call.check(&spec.inputs, std::slice::from_ref(out)).ok()?;
     let workspace_bytes = if elements < SMALL_PRODUCT { 0 } else { WORKSPACE_BYTES };
     Some(Selected::Library { library: Library::CublasLt, call, workspace_bytes })
-}
-
-/// Follows operands through reshapes of the product: what each of them is in the end.
-fn through_reshapes<'a>(
-    spec: &'a Spec,
-    operands: &[u32],
-    product: u32,
-    used: &mut Vec<usize>,
-) -> Option<impl Fn(u32) -> u32 + use<'a>> {
-    let source = |operand: u32| match producer(spec, operand) {
-        Some(position) if matches!(spec.nodes[position].op, Op::Reshape { .. }) => spec.nodes[position].operands[0],
-        _ => operand,
-    };
-    for &operand in operands {
-        if operand != product && source(operand) == product {
-            used.push(producer(spec, operand)?);
-        }
-    }
-    Some(source)
 }
 
 /// The axes of both operands by the part they play.
@@ -205,7 +166,7 @@ fn has_types(inputs: &[TensorType], a: &View, b: &View, accumulate: DType, out: 
 #[cfg(test)]
 mod tests {
     use planfile::plan::Activation;
-    use planfile::{Binary, Dim, Expr, Scalar, SpecNode};
+    use planfile::{Binary, Dim, Expr, Scalar};
 
     use super::*;
 

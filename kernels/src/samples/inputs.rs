@@ -1,7 +1,7 @@
 //! Operands for a specification: pseudo-random numbers, and indices that point inside.
 
 use planfile::op::{Combine, ReduceKind};
-use planfile::{DType, Op, Scalar, Spec, Tensor, TensorType};
+use planfile::{Binary, DType, ExprOp, Op, Scalar, Spec, Tensor, TensorType};
 
 /// A tensor for each input, the same for the same seed. Numbers are small, with ties among them; indices are within
 /// bounds, some of them negative. Seed 1 puts NaN, infinities, zeros of both signs and extremes among the numbers where
@@ -107,14 +107,19 @@ struct Special {
 }
 
 impl Special {
-    /// What is the same on all devices whatever is given. Not norms, products, convolutions, pools and resizes, whose
+    /// What is the same on all devices whatever is given. Not norms, convolutions, pools and resizes, whose
     /// sums overflow in `f32` where those of `f64` do not; nor attention, which does not read what nobody sees.
     fn of(spec: &Spec) -> Self {
         let elements = spec.inputs.iter().filter_map(TensorType::elements).max().unwrap_or_default();
         // A few on a line leave other lines without.
         let few = elements.div_ceil(6).max(8);
+        let cut_off =
+            |op: &Op| matches!(op, Op::Pointwise { expr, .. } if expr.ops.contains(&ExprOp::Binary(Binary::Max)));
+        let is_cut_off = spec.nodes.iter().any(|node| cut_off(&node.op));
         let each =
             spec.nodes.iter().map(|node| match node.op {
+                // Of NaN the library makes NaN or 0, see `planfile::plan::Activation::Relu`.
+                Op::Dot { .. } if is_cut_off => Self::default(),
                 Op::Pointwise { .. }
                 | Op::TopK { .. }
                 | Op::Reshape { .. }
@@ -136,7 +141,7 @@ impl Special {
                 }
                 | Op::Scan { combine: Combine::Max | Combine::Min, .. } => Self { one_of: few, extremes: true },
                 // Sums and products of extremes depend on their order.
-                Op::Reduce { .. } | Op::Scan { .. } => Self { one_of: few, extremes: false },
+                Op::Reduce { .. } | Op::Scan { .. } | Op::Dot { .. } => Self { one_of: few, extremes: false },
                 _ => Self::default(),
             });
         let both = |a: Self, b: Self| match (a.one_of, b.one_of) {

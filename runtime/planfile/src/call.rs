@@ -48,6 +48,7 @@ pub struct Matrix {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Activation {
     None,
+    /// The larger one of the number and 0. Of NaN it is NaN or 0: cuBLASLt's kernels differ in that.
     Relu,
     /// By the approximation with `tanh`.
     GeluTanh,

@@ -1,0 +1,147 @@
+//! Samples of products and convolutions with what a library does to them before they are stored.
+
+use planfile::DType::{self, BF16, F16, F32, F64};
+use planfile::op::Window;
+use planfile::{Binary, Dim, Expr, Op, Scalar, Spec, SpecNode, TensorType, Unary};
+
+use super::{List, ty};
+
+/// What follows a product, in this order.
+#[derive(Clone, Copy, Default)]
+struct Follows {
+    scale: Option<f32>,
+    bias: bool,
+    residual: bool,
+    activation: Option<fn(Expr, DType) -> Expr>,
+}
+
+fn n(dtype: DType, value: f64) -> Expr {
+    Expr::constant(Scalar::from_f64(dtype, value))
+}
+
+fn relu(x: Expr, dtype: DType) -> Expr {
+    x.binary(Binary::Max, n(dtype, 0.0))
+}
+
+/// `x · 0.5 · (1 + tanh(√(2/π) · (x + 0.044715 · x³)))`
+fn gelu(x: Expr, dtype: DType) -> Expr {
+    let cube = x.clone().binary(Binary::Pow, n(dtype, 3.0)).binary(Binary::Mul, n(dtype, 0.044715));
+    let inner = x.clone().binary(Binary::Add, cube).binary(Binary::Mul, n(dtype, 0.797_884_560_8));
+    let shifted = inner.unary(Unary::Tanh).binary(Binary::Add, n(dtype, 1.0)).binary(Binary::Mul, n(dtype, 0.5));
+    x.binary(Binary::Mul, shifted)
+}
+
+impl Follows {
+    /// One node that computes in `f32`, or in `f64`, after `nodes`, the last of which is the product.
+    fn spec(self, mut inputs: Vec<TensorType>, nodes: &[SpecNode], channel: usize) -> Option<Spec> {
+        let whole = Spec { inputs: inputs.clone(), nodes: nodes.to_vec(), results: vec![] };
+        let product = whole.types().ok()?.pop()?;
+        let (dtype, sizes) = (product.dtype, product.sizes());
+        let computing = if dtype == F64 { F64 } else { F32 };
+        let mut expr = Expr::operand(0).cast(computing);
+        if let Some(scale) = self.scale {
+            expr = expr.binary(Binary::Mul, n(computing, f64::from(scale)));
+        }
+        let mut added = Vec::new();
+        let mut add = |expr: Expr, sizes: &[u64]| {
+            added.push(ty(dtype, sizes));
+            expr.binary(Binary::Add, Expr::operand(added.len() as u16).cast(computing))
+        };
+        if self.bias {
+            let mut bias = vec![1; sizes.len() - channel];
+            bias[0] = sizes[channel];
+            expr = add(expr, &bias);
+        }
+        if self.residual {
+            expr = add(expr, &sizes);
+        }
+        if let Some(activation) = self.activation {
+            expr = activation(expr, computing);
+        }
+        // Numbers of the specification: its inputs, then its nodes.
+        let (outer, extra) = (inputs.len() as u32, added.len() as u32);
+        let shifted = |value: &u32| if *value < outer { *value } else { value + extra };
+        let mut all: Vec<SpecNode> = nodes
+            .iter()
+            .map(|node| SpecNode { op: node.op.clone(), operands: node.operands.iter().map(shifted).collect() })
+            .collect();
+        inputs.extend(added);
+        let last = (inputs.len() + all.len()) as u32;
+        let dims = sizes.iter().copied().map(Dim::Static).collect();
+        let operands = std::iter::once(last - 1).chain(outer..outer + extra).collect();
+        all.push(SpecNode { op: Op::Pointwise { expr: expr.cast(dtype), dims }, operands });
+        Some(Spec { inputs, nodes: all, results: vec![last] })
+    }
+}
+
+pub(super) fn products(list: &mut List) {
+    let cases: &[(DType, Follows)] = &[
+        (F32, Follows { bias: true, ..Follows::default() }),
+        (F16, Follows { bias: true, activation: Some(relu), ..Follows::default() }),
+        (BF16, Follows { scale: Some(0.125), residual: true, ..Follows::default() }),
+        (F32, Follows { scale: Some(0.5), bias: true, residual: true, activation: Some(relu) }),
+        (F32, Follows { activation: Some(relu), ..Follows::default() }),
+        (F16, Follows { bias: true, activation: Some(gelu), ..Follows::default() }),
+        (BF16, Follows { bias: true, residual: true, activation: Some(gelu), ..Follows::default() }),
+        (F32, Follows { bias: true, activation: Some(gelu), ..Follows::default() }),
+        (F16, Follows { scale: Some(0.25), activation: Some(gelu), ..Follows::default() }),
+        (F64, Follows { bias: true, activation: Some(gelu), ..Follows::default() }),
+    ];
+    for &(dtype, follows) in cases {
+        for [m, k, n] in [[24, 64, 32], [5, 33, 7], [1, 48, 40]] {
+            let accumulate = dtype.accumulator();
+            let dot = Op::Dot { batch: vec![], contract: vec![(1, 0)], accumulate, out: dtype };
+            let dot = SpecNode { op: dot, operands: vec![0, 1] };
+            let inputs = vec![ty(dtype, &[m, k]), ty(dtype, &[k, n])];
+            list.made(follows.spec(inputs.clone(), std::slice::from_ref(&dot), 1));
+            // As exporters write linear layers of sequences: a product of all rows, then its own shape again.
+            let dims = [1, m, n].map(Dim::Static).to_vec();
+            let reshape = SpecNode { op: Op::Reshape { dims }, operands: vec![2] };
+            list.made(follows.spec(inputs, &[dot, reshape], 2));
+        }
+    }
+}
+
+pub(super) fn convolutions(list: &mut List) {
+    let cases: &[(DType, Follows)] = &[
+        (F32, Follows { bias: true, ..Follows::default() }),
+        (F16, Follows { bias: true, activation: Some(relu), ..Follows::default() }),
+        (BF16, Follows { bias: true, residual: true, activation: Some(relu), ..Follows::default() }),
+        (F32, Follows { bias: true, residual: true, ..Follows::default() }),
+    ];
+    let pads = vec![(1, 1), (1, 1)];
+    let window = Window { sizes: vec![3, 3], strides: vec![2, 2], dilations: vec![1, 1], pads };
+    let conv = Op::Conv { window, groups: 1, transposed: false, output_pads: vec![0, 0] };
+    let transpose = |permutation: [u8; 4], operand| SpecNode {
+        op: Op::Transpose { permutation: permutation.to_vec() },
+        operands: vec![operand],
+    };
+    for &(dtype, follows) in cases {
+        let first = SpecNode { op: conv.clone(), operands: vec![0, 1] };
+        let inputs = vec![ty(dtype, &[2, 16, 9, 10]), ty(dtype, &[24, 16, 3, 3])];
+        list.made(follows.spec(inputs, &[first], 1));
+        let inputs = vec![ty(dtype, &[2, 9, 10, 16]), ty(dtype, &[24, 3, 3, 16])];
+        let last = SpecNode { op: conv.clone(), operands: vec![2, 3] };
+        let nodes = [transpose([0, 3, 1, 2], 0), transpose([0, 3, 1, 2], 1), last, transpose([0, 2, 3, 1], 4)];
+        list.made(follows.spec(inputs, &nodes, 3));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cuda::{Options, Selected, select};
+
+    #[test]
+    fn libraries_take_what_follows_along() {
+        let mut list = List { samples: Vec::new() };
+        products(&mut list);
+        convolutions(&mut list);
+        let options = Options { architecture: "sm_90a".to_owned(), allow_tf32: false };
+        for (name, spec) in &list.samples {
+            let (_, selected) = select(spec, &options).unwrap();
+            let is_call = matches!(selected, Selected::Library { .. });
+            assert_eq!(is_call, spec.inputs[0].dtype != F64, "{name}");
+        }
+    }
+}
