@@ -13,6 +13,7 @@ use passes::shard::{MAX_RANKS, MeshChoice, parse_mesh};
 use planfile::{DType, Target};
 use planwright::compiler::Request;
 use runtime::cli::{Exit, Failure, Shell, ToleranceFlags};
+use runtime::Devices;
 use runtime::tensor_file::TestData;
 
 /// Machines that `--target` knows by name.
@@ -74,9 +75,12 @@ pub(crate) struct Arguments {
     /// Lists every operator of the model with its status, and ends; with bound dimensions, attributes count too
     #[arg(long, conflicts_with_all = ["run", "output", "print_after", "stop_after"])]
     pub(crate) check_support: bool,
-    /// Runs the plan on virtual devices; with the data of --test-data or --like, else with random inputs
+    /// Runs the plan on the devices that it is for; with the data of --test-data or --like, else with random inputs
     #[arg(long)]
     pub(crate) run: bool,
+    /// Runs it elsewhere: on `cpu` for virtual devices, `cuda`, or `cuda:0,2` for GPUs by number
+    #[arg(long, value_name = "WHERE", requires = "run")]
+    pub(crate) devices: Option<Devices>,
     /// Folder with input_0.pb, … and output_0.pb, … to compare with
     #[arg(long, value_name = "DIR", requires = "run")]
     pub(crate) test_data: Option<PathBuf>,
@@ -281,6 +285,8 @@ mod tests {
         assert!(message(&["--target", "h100"]).contains("cpu, h200x4, h200x8"));
         assert!(message(&["--target", "h200x4", "--gpus", "8"]).contains("has 4 devices, 8 are asked for"));
         assert!(message(&["--test-data", "x"]).contains("--run"));
+        assert!(message(&["--devices", "cpu"]).contains("--run"));
+        assert!(message(&["--run", "--devices", "gpu"]).contains("none of `cpu`, `cuda`"));
     }
 
     #[test]

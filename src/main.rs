@@ -57,7 +57,8 @@ fn execute(arguments: &Arguments) -> Result<Exit, Failure> {
         false => None,
         true => {
             let data = test_data.as_ref().or(like.as_ref()).map_or(Data::Random, Data::TestData);
-            Some(run(PlanFile::open(&path)?, None, data, None, arguments.tolerance.into(), &DeviceFlags::on_cpu())?)
+            let devices = DeviceFlags { devices: arguments.devices.clone(), ..DeviceFlags::default() };
+            Some(run(PlanFile::open(&path)?, None, data, None, arguments.tolerance.into(), &devices)?)
         }
     };
     if arguments.json {

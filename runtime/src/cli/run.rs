@@ -59,13 +59,6 @@ pub struct DeviceFlags {
     pub threads: Option<NonZero<usize>>,
 }
 
-impl DeviceFlags {
-    /// Virtual devices, whatever the plan is compiled for.
-    pub fn on_cpu() -> Self {
-        Self { devices: Some(Devices::Virtual), ..Self::default() }
-    }
-}
-
 /// What a run works on.
 #[derive(Clone, Copy, Debug)]
 pub enum Data<'a> {
