@@ -62,6 +62,7 @@ WORKS = {
         Work("resnet50", "f16"),
         Work("bert_base", "f16"),
         Work("vit_b16", "f16"),
+        Work("bilstm", "f16"),
         Work("llama_block", "bf16", batches=(1,)),
     )
 }
@@ -76,6 +77,8 @@ def random_inputs(work, batch, sequence):
     if work.name == "llama_block":
         hidden = random.standard_normal((batch, sequence, 4096), np.float32)
         return {"hidden": hidden.astype(ml_dtypes.bfloat16)}
+    if work.name == "bilstm":
+        return {"tokens": random.standard_normal((128, batch, 512), np.float32)}
     return {"pixels": random.standard_normal((batch, 3, 224, 224), np.float32)}
 
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Writes the models that the benchmarks run: published architectures at full size, with seeded random weights.
 
-    python3 benches/models.py FOLDER [resnet50] [bert_base] [vit_b16] [llama_block] [--layers 2] [--dtype bf16]
+    python3 benches/models.py FOLDER [resnet50] [bert_base] [vit_b16] [bilstm] [llama_block] [--layers 2] [--dtype bf16]
 
-Each becomes FOLDER/NAME.onnx. The first three are spelled as PyTorch's exporter spells them (opset 20, f32): batch
+Each becomes FOLDER/NAME.onnx. All but the last are spelled as PyTorch's exporter spells them (opset 20, f32): batch
 normalisation folded into convolutions, attention as products around a softmax, GELU as an operator; the batch is
 symbolic. The last is a Llama-3-8B-shaped decoder without embedding and vocabulary, in the composite operators of opset
 23, with symbolic batch and sequence; weights of more than 1 GiB lie beside it in FOLDER/llama_block.weights. Needs
@@ -194,6 +194,23 @@ def vit_b16(path, width=768, heads=12, layers=12, hidden=3072):
     g.save(path, [("pixels", TensorProto.FLOAT, shape)], [("logits", TensorProto.FLOAT, ["batch", 1000])])
 
 
+def bilstm(path, tokens=128, width=512, layers=2):
+    """Bidirectional layers over `[tokens, batch, width]`."""
+    g = Graph(512)
+    x, inputs = "tokens", width
+    for _ in range(layers):
+        bound = (1 / (3 * width)) ** 0.5
+        weights = [g.normal(2, 4 * width, count, scale=bound) for count in (inputs, width)]
+        bias = g.normal(2, 8 * width, scale=bound)
+        y = g.add("LSTM", x, *weights, bias, hidden_size=width, direction="bidirectional")
+        x = g.add("Reshape", g.add("Transpose", y, perm=[0, 2, 1, 3]), g.shape(tokens, -1, 2 * width))
+        inputs = 2 * width
+    g.name_output(x, "features")
+    shape = [tokens, "batch", width]
+    result = [tokens, "batch", 2 * width]
+    g.save(path, [("tokens", TensorProto.FLOAT, shape)], [("features", TensorProto.FLOAT, result)])
+
+
 def rotary_tables(positions, size, theta):
     """Cosines and sines of every position and pair of features, each `[positions, size / 2]`."""
     frequencies = theta ** (-np.arange(0, size, 2, dtype=np.float64) / size)
@@ -246,7 +263,7 @@ def llama_block(
     g.save(path, [("hidden", element_type, shape)], [("result", element_type, shape)])
 
 
-MODELS = {builder.__name__: builder for builder in (resnet50, bert_base, vit_b16, llama_block)}
+MODELS = {builder.__name__: builder for builder in (resnet50, bert_base, vit_b16, bilstm, llama_block)}
 
 
 def main():

@@ -79,6 +79,21 @@ def vit_b16(batch, device, arguments):
     return model, torch.randn(batch, 3, 224, 224, device=device, dtype=torch.half)
 
 
+def bilstm(batch, device, arguments):
+    """cuDNN's recurrent layers."""
+
+    class Features(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm = torch.nn.LSTM(512, 512, num_layers=2, bidirectional=True)
+
+        def forward(self, tokens):
+            return self.lstm(tokens)[0]
+
+    model = Features().eval().to(device, torch.half)
+    return model, torch.randn(128, batch, 512, device=device, dtype=torch.half)
+
+
 def llama_block(batch, device, arguments):
     with torch.device(device):
         model = Decoder(arguments.layers, arguments.sequence).eval().to(torch.bfloat16)
@@ -152,7 +167,7 @@ def total(x):
     return x if world_size() == 1 else collectives.all_reduce(x, "sum", torch.distributed.group.WORLD)
 
 
-WORKS = {build.__name__: build for build in (resnet50, bert_base, vit_b16, llama_block)}
+WORKS = {build.__name__: build for build in (resnet50, bert_base, vit_b16, bilstm, llama_block)}
 
 
 def compiled(model, x, mode):
