@@ -12,8 +12,8 @@ use passes::precision::DTYPES;
 use passes::shard::{MAX_RANKS, MeshChoice, parse_mesh};
 use planfile::{DType, Target};
 use planwright::compiler::Request;
-use runtime::cli::{Exit, Failure, Shell, ToleranceFlags};
 use runtime::Devices;
+use runtime::cli::{Exit, Failure, Shell, ToleranceFlags};
 use runtime::tensor_file::TestData;
 
 /// Machines that `--target` knows by name.

@@ -13,6 +13,7 @@ mod modules;
 #[path = "sharding/operations.rs"]
 mod operations;
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 use cpu::recipe::NoFiles;
@@ -21,7 +22,9 @@ use modules::{Case, Drawing, Known};
 use passes::lower::NoAssembler;
 use passes::pipeline::{Options, Settings};
 use passes::shard::{MeshChoice, ShardOptions, parse_mesh};
-use planfile::{Binary, Dim, Expr, Op, Target, Tensor, write_plan};
+use planfile::op::Cell;
+use planfile::plan::Plan;
+use planfile::{Binary, Dim, Expr, Op, Target, Tensor, Unary, write_plan};
 use planwright::compiler::CompileError;
 use runtime::{Devices, Session, image};
 
@@ -40,14 +43,19 @@ const MESHES: [&str; 9] = [
 /// A share of the largest value of an output; sums in another order differ by far less.
 const TOLERANCE: f64 = 1e-4;
 
-/// Runs the case on the virtual devices of a mesh.
-fn run(case: &Case, mesh: Mesh, split_table_bytes: u64) -> Result<Vec<Tensor>, String> {
+/// The plan of the case for the virtual devices of a mesh.
+fn plan(case: &Case, mesh: Mesh, split_table_bytes: u64) -> Result<Plan, String> {
     let target = Target::from_json(include_str!("../fixtures/targets/cpu.json")).unwrap();
     let shard = ShardOptions { mesh: MeshChoice::Fixed(mesh), split_table_bytes, batch_dim: 0 };
     let settings = Settings { weights: &NoFiles, options: Options::default(), shard, target: &target };
     let plan = passes::compile::run(case.module.clone(), &settings, &NoAssembler, &mut |_, _| {})
         .map_err(|error| error.to_string())?;
-    let plan = plan.ok_or("no plan")?;
+    plan.ok_or_else(|| "no plan".to_owned())
+}
+
+/// Runs the case on the virtual devices of a mesh.
+fn run(case: &Case, mesh: Mesh, split_table_bytes: u64) -> Result<Vec<Tensor>, String> {
+    let plan = plan(case, mesh, split_table_bytes)?;
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("a.plan");
     write_plan(&path, &plan, |sink| {
@@ -156,4 +164,75 @@ fn one_weight_padded_two_ways() {
         let expr = Expr::operand(0).binary(Binary::Add, Expr::operand(1));
         drawing.value(Op::Pointwise { expr, dims }, &[x.id, w.id], x, 7.0)
     });
+}
+
+/// A layer in both directions over samples of any length; its inputs have the samples first.
+fn recurrent(drawing: &mut Drawing, cell: Cell, batch: u64) -> Option<Known> {
+    let [steps, features, width] = [4, 6, 5];
+    let rows = 2 * cell.gates() * width;
+    let x = drawing.input(&[batch, steps, features]);
+    let product = operations::product(drawing, x, 2, rows)?;
+    let moved = drawing.value(Op::Transpose { permutation: vec![1, 0, 2] }, &[product.id], product, product.range)?;
+    let x = operations::tame(drawing, Known { exact: false, ..moved })?;
+    let x = drawing.value(operations::reshape(&[steps, batch, 2, rows / 2]), &[x.id], x, 1.0)?;
+    let lstm = matches!(cell, Cell::Lstm { .. });
+    let mut operands = vec![x.id, drawing.weight(&[2, rows / 2, width]).id];
+    for _ in 0..1 + usize::from(lstm) {
+        let state = drawing.input(&[batch, 2, width]);
+        let op = Op::Transpose { permutation: vec![1, 0, 2] };
+        operands.push(drawing.value(op, &[state.id], state, 5.0)?.id);
+    }
+    if lstm {
+        operands.push(drawing.weight(&[2, 3 * width]).id);
+    }
+    operands.push(drawing.indices(&[batch], steps + 1));
+    let (sigmoid, tanh) = (Expr::operand(0).unary(Unary::Sigmoid), Expr::operand(0).unary(Unary::Tanh));
+    let functions = [sigmoid, tanh.clone(), tanh][..cell.functions()].to_vec();
+    let functions = [functions.clone(), functions].concat();
+    let op =
+        Op::Recurrence { cell, reverse: vec![false, true], functions, bias: false, peepholes: lstm, lengths: true };
+    let results = drawing.node(op, &operands)?;
+    let last = *results.last()?;
+    drawing.know(results[0], 1.0, false, false);
+    Some(drawing.know(last, 10.0, false, false))
+}
+
+#[test]
+fn samples_of_recurrent_layers_are_split() {
+    let meshes = ["data=2", "data=3", "tensor=2", "data=2,tensor=3", "pipe=2,tensor=2"];
+    for cell in [Cell::Rnn, Cell::Gru { resets_late: false }, Cell::Lstm { coupled: false }] {
+        for batch in [4, 3] {
+            let mut drawing = Drawing::new(7);
+            recurrent(&mut drawing, cell, batch).unwrap();
+            let case = drawing.finish();
+            let failures = check("layer", &case, &meshes);
+            assert!(failures.is_empty(), "{}", failures[0]);
+            let plan = plan(&case, parse_mesh("data=2").unwrap(), 0).unwrap();
+            let layers =
+                plan.kernels.iter().flat_map(|kernel| kernel.spec.nodes.iter().map(move |node| (kernel, node)));
+            let mut layers = layers.filter(|(_, node)| matches!(node.op, Op::Recurrence { .. }));
+            let (kernel, node) = layers.next().unwrap();
+            assert_eq!(kernel.spec.inputs[node.operands[2] as usize].sizes(), [2, batch.div_ceil(2), 5]);
+        }
+    }
+}
+
+/// An index that is out of range of a split table is out of range of every part of it.
+#[test]
+fn indices_outside_of_a_split_table_are_refused() {
+    let case = |indices: [i64; 3]| {
+        let text = "%i: i64[3]\n %w: f32[10, 4] = weight random 7\n %y = gather %w, %i {axis 0}\n return %y";
+        let inputs = BTreeMap::from([("i".to_owned(), Tensor::from_elements(&[3], &indices).unwrap())]);
+        Case { module: ir::text::parse_lines(text).unwrap(), inputs }
+    };
+    for (mesh, rows) in [("tensor=2", 5), ("tensor=3", 4), ("tensor=4", 3)] {
+        let on = |case: &Case| run(case, parse_mesh(mesh).unwrap(), 0);
+        let inside = case([9, -10, 0]);
+        assert_eq!(on(&inside).unwrap(), run(&inside, Mesh::default(), 1 << 40).unwrap(), "{mesh}");
+        for index in [10, -11, i64::MIN, i64::MAX] {
+            let error = on(&case([0, index, 1])).unwrap_err();
+            let expected = format!("gather: index {index} is outside of -{rows}..{rows} on axis 0");
+            assert!(error.contains(&expected), "{mesh}: {error}");
+        }
+    }
 }

@@ -23,8 +23,13 @@ DEVICE Index reflect(i64 position, i64 size) {
     return edge(phase < period - phase ? phase : period - phase, size);
 }
 
-/// The position that an index of a gather means; indices outside stay inside, so that no memory beyond is read.
-DEVICE Index resolve(i64 index, i64 size) { return edge(index < 0 ? index + size : index, size); }
+/// The position that an index of a gather means. One outside is reported, and moved inside, so that no memory beyond is
+/// read.
+DEVICE Index resolve(i64 index, i64 size, u32* fault) {
+    const i64 position = index < 0 ? index + size : index;
+    if (position < 0 || position >= size) *fault = 1;
+    return edge(position, size);
+}
 
 /// Weight of an input element at a distance: triangle, or the cubic convolution of Keys (1981). Each operation is
 /// rounded, so that what is truncated to integers afterwards does not depend on how they are merged.

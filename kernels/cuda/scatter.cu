@@ -4,7 +4,7 @@
 //
 // Above: Index, Element, Where (type of indices), COMBINE, TARGETS, INNER, UPDATES, PARTS, PART, COLUMNS, COLUMN_TILES,
 // OWNERS, TARGET_COLUMNS, update_of(outer, column, any): where the updates of a line begin, UPDATE_STRIDE, and
-// target_of(indices, start, j): the target of update `j`, negative if outside.
+// target_of(indices, start, j): the target of update `j`, negative if outside: such an update is reported and left out.
 
 enum : int { ASSIGN, SUM, PROD, MAX, MIN };
 constexpr int THREADS = COLUMNS * OWNERS;
@@ -33,7 +33,8 @@ DEVICE Held::Type combine(Held::Type old, Held::Type update) {
     return update;
 }
 
-DEVICE void scatter(const void* input, const void* index_input, const void* update_input, void* output) {
+DEVICE void scatter(const void* input, const void* index_input, const void* update_input, void* output,
+                    u32* fault) {
     __shared__ Held::Type held[PART * COLUMNS];
     __shared__ int targets[CHUNK * TARGET_COLUMNS];
     const Index part = blockIdx.x % PARTS, rest = blockIdx.x / PARTS;
@@ -63,7 +64,9 @@ DEVICE void scatter(const void* input, const void* index_input, const void* upda
             bool has_updates = false;
             const Index line = update_of(outer, own_column, has_updates);
             if (j < UPDATES && own_column < INNER && has_updates) {
-                const i64 position = target_of(indices, line, j) - static_cast<i64>(first);
+                const i64 whole = target_of(indices, line, j);
+                if (whole < 0) *fault = 1;
+                const i64 position = whole - static_cast<i64>(first);
                 if (position >= 0 && position < count) target = static_cast<int>(position);
             }
             targets[i] = target;

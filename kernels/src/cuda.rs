@@ -14,6 +14,7 @@ mod epilogue;
 mod generated;
 mod norm;
 mod product;
+mod recurrence;
 mod reduce;
 mod scan;
 mod scatter;
@@ -42,8 +43,8 @@ pub enum Selected {
 
 /// A kernel of ours, specialised: shapes, strides and constants are literals in the source.
 ///
-/// Its parameters are a pointer for each input of the specification, one for each result, then each scalar as
-/// `long long`.
+/// Its parameters are a pointer for each input of the specification, one for each result, each scalar as `long long`,
+/// and last, where it checks indices, a pointer to its fault word.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Launch {
     /// Name of the function.
@@ -56,7 +57,14 @@ pub struct Launch {
     pub shared_bytes: u32,
     /// Values that may differ by rank.
     pub scalars: Vec<RankScalar>,
+    /// Whether the kernel checks indices that it reads: for one that is out of range it writes 1 to its fault word, a
+    /// `u32`, and keeps out of memory beyond its operands and results. It never reads the word, nor writes anything
+    /// else there.
+    pub checks: bool,
 }
+
+/// The parameter of kernels that check indices.
+const FAULT: &str = "u32* __restrict__ fault";
 
 /// A way to execute some specifications.
 struct Family {
@@ -72,6 +80,7 @@ const FAMILIES: &[Family] = &[
     Family { name: "attention", select: |spec, options| attention::select(spec, options).map(Selected::Launch) },
     Family { name: "product", select: product::select },
     Family { name: "convolution", select: convolution::select },
+    Family { name: "recurrence", select: |spec, options| recurrence::select(spec, options).map(Selected::Launch) },
     Family { name: "softmax", select: |spec, options| softmax::select(spec, options).map(Selected::Launch) },
     Family { name: "norm", select: |spec, options| norm::select(spec, options).map(Selected::Launch) },
     Family { name: "reduce", select: |spec, options| reduce::select(spec, options).map(Selected::Launch) },

@@ -6,6 +6,7 @@ mod blocks;
 mod elementwise;
 mod epilogues;
 mod inputs;
+mod recurrence;
 
 use planfile::{DType, Op, Spec, TensorType};
 
@@ -25,6 +26,7 @@ pub fn samples() -> Vec<Sample> {
     blocks::scatter(&mut list);
     blocks::scan(&mut list);
     blocks::top_k(&mut list);
+    recurrence::recurrence(&mut list);
     elementwise::pointwise(&mut list);
     elementwise::movement(&mut list);
     elementwise::gather(&mut list);

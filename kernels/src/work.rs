@@ -51,6 +51,11 @@ pub fn work(op: &Op, operands: &[&TensorType], results: &[&TensorType]) -> Work 
             let depth = q.size(3).saturating_add(v.size(3));
             work.operations = scores.saturating_mul(v.size(2)).saturating_mul(depth).saturating_mul(2);
         }
+        // Each row of the weights meets each sample in each step; the gates' functions count little beside.
+        Op::Recurrence { .. } => {
+            let width = operands[2].size(2);
+            work.operations = input.saturating_mul(width.saturating_mul(2).saturating_add(8));
+        }
         Op::Rotary { .. } => work.operations = input.saturating_mul(3),
         Op::Resize { .. } => work.operations = first.saturating_mul(8),
         Op::Gather { .. } | Op::GatherElements { .. } | Op::GatherNd { .. } => {
@@ -98,6 +103,22 @@ mod tests {
         let work = work(&op, &[&a, &b], &[&y]);
         assert_eq!(work.operations, 2 * 8 * 64 * 32);
         assert_eq!(work.memory_bytes, 4 * (8 * 64 + 64 * 32 + 8 * 32));
+    }
+
+    #[test]
+    fn a_recurrence_multiplies_its_weights_with_each_state() {
+        let [t, b, d, h] = [7, 3, 2, 64];
+        let cell = planfile::op::Cell::Gru { resets_late: false };
+        let functions = vec![planfile::Expr::operand(0); 4];
+        let reverse = vec![false, true];
+        let op = Op::Recurrence { cell, reverse, functions, bias: false, peepholes: false, lengths: false };
+        let ty = |sizes: &[u64]| TensorType::new(DType::F32, sizes);
+        let operands = [ty(&[t, b, d, 3 * h]), ty(&[d, 3 * h, h]), ty(&[d, b, h])];
+        let operands: Vec<&TensorType> = operands.iter().collect();
+        let results = planfile::infer(&op, &operands).unwrap();
+        let work = work(&op, &operands, &results.iter().collect::<Vec<_>>());
+        assert_eq!(work.operations, t * b * d * 3 * h * (2 * h + 8));
+        assert_eq!(work.memory_bytes, 4 * (t * b * d * 3 * h + d * 3 * h * h + t * d * b * h + 2 * d * b * h));
     }
 
     #[test]

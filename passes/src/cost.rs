@@ -48,13 +48,21 @@ pub fn op(op: &Op, operands: &[&TensorType], results: &[&TensorType], target: &T
         let rate = operations_per_second(target, dtype, matrix);
         let compute = work.operations as f64 / rate;
         let memory = work.memory_bytes as f64 / target.device.memory_bytes_per_second;
-        compute.max(memory).mul_add(1e9, target.device.launch_ns)
+        compute.max(memory).mul_add(1e9, target.device.launch_ns * waits(op, operands))
     };
     StepCost {
         predicted_ns: predicted.round() as u64,
         operations: work.operations,
         memory_bytes: work.memory_bytes,
         link_bytes: work.link_bytes,
+    }
+}
+
+/// How often all of the device waits for itself, the launch included: each step of a recurrence needs the one before.
+fn waits(op: &Op, operands: &[&TensorType]) -> f64 {
+    match op {
+        Op::Recurrence { .. } => operands.first().map_or(1.0, |x| 1.0 + x.size(0) as f64),
+        _ => 1.0,
     }
 }
 
@@ -118,6 +126,27 @@ fn modelled_ns(op: &Op, bytes: u64, ranks: u32, target: &Target) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn steps_of_a_recurrence_wait_for_each_other() {
+        let target = Target::from_json(include_str!("../../fixtures/targets/h200x4.json")).unwrap();
+        let cost = |steps: u64| {
+            let ty = |sizes: &[u64]| TensorType::new(DType::F32, sizes);
+            let operands = [ty(&[steps, 1, 1, 8]), ty(&[1, 8, 8]), ty(&[1, 1, 8])];
+            let recurrence = Op::Recurrence {
+                cell: planfile::op::Cell::Rnn,
+                reverse: vec![false],
+                functions: vec![planfile::Expr::operand(0)],
+                bias: false,
+                peepholes: false,
+                lengths: false,
+            };
+            let operands: Vec<&TensorType> = operands.iter().collect();
+            let results = planfile::infer(&recurrence, &operands).unwrap();
+            op(&recurrence, &operands, &results.iter().collect::<Vec<_>>(), &target).predicted_ns as f64
+        };
+        assert!(cost(1000) > 1000.0 * target.device.launch_ns && cost(0) < 2.0 * target.device.launch_ns);
+    }
 
     #[test]
     fn collectives_interpolate_between_measured_sizes() {

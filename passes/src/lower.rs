@@ -192,6 +192,7 @@ impl Lowering<'_> {
     fn program(&mut self, entry: u32, stage: u32, graph: &Graph, schedule: &Schedule) -> Result<Program, PassError> {
         let ranks = graph.ranks.clone();
         let (mut inputs, mut outputs, mut steps) = (Vec::new(), Vec::new(), Vec::new());
+        let mut faults = 0;
         for (index, value) in graph.values.iter().enumerate() {
             if let ValueDef::Input(port) = value.def {
                 let place = self.place(graph, schedule, stage, ValueId(index as u32))?;
@@ -200,7 +201,14 @@ impl Lowering<'_> {
         }
         for (index, region) in schedule.regions.iter().enumerate() {
             if let Some(region) = region {
-                steps.push(self.step(graph, schedule, stage, index, region)?);
+                let mut step = self.step(graph, schedule, stage, index, region)?;
+                if let (Some(Selected::Launch(Launch { checks: true, .. })), Action::Launch { scalars, .. }) =
+                    (&region.selected, &mut step.action)
+                {
+                    scalars.push(Argument::Fault { word: faults });
+                    faults += 1;
+                }
+                steps.push(step);
             }
         }
         for (&value, &offset) in &schedule.copies {
@@ -425,9 +433,13 @@ fn dims_key(dims: &[u8]) -> Vec<PlanPiece> {
 
 #[cfg(test)]
 mod tests {
+    use cpu::recipe::NoFiles;
+    use ir::Mesh;
     use planfile::{DType, TensorType};
 
     use super::*;
+    use crate::pipeline::{Options, Settings};
+    use crate::shard::{MeshChoice, ShardOptions};
 
     /// A weight of one dimension on ranks 0 and 1, of which each holds the given run in `local` elements.
     fn placed(weight: u32, local: u64, runs: [(u64, u64); 2]) -> PlacedWeight {
@@ -442,6 +454,48 @@ mod tests {
             splits: vec![SplitDim { dim: 0, pieces }],
             images: Vec::new(),
         }
+    }
+
+    /// Machine code that nobody runs.
+    struct Unrun;
+
+    impl Assembler for Unrun {
+        fn assemble(&self, sources: &[KernelSource], _: &str) -> Result<Vec<Vec<u8>>, PassError> {
+            Ok(sources.iter().map(|_| vec![1]).collect())
+        }
+    }
+
+    #[test]
+    fn steps_that_check_indices_have_words_of_their_own() {
+        let text = "%x: f32[8, 4]
+            %i: i64[3]
+            %j: i32[3, 1]
+            %u: f32[3, 4]
+            %k: i64[5, 4]
+            %a = gather %x, %i {axis 0}
+            %b = pointwise %a {exp($0)}
+            %s = scatter_nd %x, %j, %u {sum}
+            %t = pointwise %s {tanh($0)}
+            %e = gather_elements %t, %k {axis 0}
+            %g = gather %t, %i {axis 0}
+            return %b, %e, %g";
+        let target = Target::from_json(include_str!("../../fixtures/targets/h200x4.json")).unwrap();
+        let shard = ShardOptions { mesh: MeshChoice::Fixed(Mesh::default()), split_table_bytes: 1, batch_dim: 0 };
+        let settings = Settings { weights: &NoFiles, options: Options::default(), shard, target: &target };
+        let module = ir::text::parse_lines(text).unwrap();
+        let plan = crate::compile::run(module, &settings, &Unrun, &mut |_, _| {}).unwrap().unwrap();
+        assert_eq!(planfile::verify::verify(&plan), Ok(()));
+        let reads_indices = |step: &Step| {
+            let Action::Launch { kernel, .. } = &step.action else { return false };
+            let mut nodes = plan.kernels[*kernel as usize].spec.nodes.iter();
+            nodes.any(|node| matches!(node.op, Op::Gather { .. } | Op::GatherElements { .. } | Op::ScatterNd { .. }))
+        };
+        let program = &plan.programs[0];
+        let reading = (0..program.steps.len()).filter(|&step| reads_indices(&program.steps[step]));
+        let expected: Vec<(usize, u32)> = reading.zip(0..).collect();
+        // The first and the last gather are the same kernel at different places.
+        assert_eq!((program.faults().collect::<Vec<_>>(), expected.len()), (expected, 4));
+        assert!(program.steps.len() > 4, "{} steps", program.steps.len());
     }
 
     #[test]

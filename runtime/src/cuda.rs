@@ -11,6 +11,7 @@ mod cudnn;
 mod doctor;
 mod driver;
 mod error;
+mod faults;
 mod fellowship;
 mod library;
 mod memory;

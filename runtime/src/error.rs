@@ -94,6 +94,11 @@ pub enum StepError {
     #[error(transparent)]
     Cuda(#[from] CudaError),
     #[error(
+        "an index that it reads is out of range; `plan check`, or `plan run --devices cpu` on the same inputs, names the \
+         index: correct the inputs, or the model"
+    )]
+    OutOfRange,
+    #[error(
         "a value inside of its kernel takes {bytes} bytes, more than there is memory; use a machine with more of it"
     )]
     Memory { bytes: usize },

@@ -36,7 +36,11 @@ impl Memory<'_> {
             Argument::Weights { offset } => (*offset, self.weights.len()),
             Argument::Peer { .. } => return Err(StepError::Unsupported { what: "memory of a peer" }),
             Argument::State { .. } => return Err(StepError::Unsupported { what: "state between runs" }),
-            Argument::Extent { .. } | Argument::Epoch | Argument::TensorMap { .. } | Argument::Scalar { .. } => {
+            Argument::Extent { .. }
+            | Argument::Epoch
+            | Argument::TensorMap { .. }
+            | Argument::Scalar { .. }
+            | Argument::Fault { .. } => {
                 return Err(contradiction("a tensor is at a place that holds none".to_owned()));
             }
         };

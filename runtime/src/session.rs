@@ -119,10 +119,31 @@ impl Session {
     /// # Errors
     /// As [`Self::load`].
     pub fn load_file(file: PlanFile, devices: Devices, progress: impl FnMut(u64)) -> Result<Self, RuntimeError> {
+        Self::load_with(file, devices, false, progress)
+    }
+
+    /// As [`Self::load_file`]; libraries of other versions than the plan records are refused before weights are loaded.
+    ///
+    /// # Errors
+    /// As [`Self::load_file`]; [`RuntimeError::OtherVersion`].
+    pub fn load_file_strictly(
+        file: PlanFile,
+        devices: Devices,
+        progress: impl FnMut(u64),
+    ) -> Result<Self, RuntimeError> {
+        Self::load_with(file, devices, true, progress)
+    }
+
+    fn load_with(
+        file: PlanFile,
+        devices: Devices,
+        strict: bool,
+        progress: impl FnMut(u64),
+    ) -> Result<Self, RuntimeError> {
         let memory = match devices {
             Devices::Virtual => Memory::Virtual(weight_arenas(&file, progress)?),
             Devices::Cuda { ordinals } => {
-                Memory::Cuda(Arc::new(CudaSession::load(&file, ordinals.as_deref(), progress)?))
+                Memory::Cuda(Arc::new(CudaSession::load(&file, ordinals.as_deref(), strict, progress)?))
             }
         };
         Ok(Self { loaded: Arc::new(Loaded { plan: Arc::new(file.into_plan()), memory }) })
@@ -133,19 +154,6 @@ impl Session {
         match &self.loaded.memory {
             Memory::Virtual(_) => &[],
             Memory::Cuda(session) => session.other_versions(),
-        }
-    }
-
-    /// Refuses libraries of other versions than the plan records.
-    ///
-    /// # Errors
-    /// [`RuntimeError::OtherVersion`].
-    pub fn require_recorded_versions(&self) -> Result<(), RuntimeError> {
-        match self.other_versions().first() {
-            None => Ok(()),
-            Some(OtherVersion { library, recorded, found, .. }) => {
-                Err(RuntimeError::OtherVersion { library: *library, recorded: recorded.clone(), found: found.clone() })
-            }
         }
     }
 

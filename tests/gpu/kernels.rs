@@ -59,7 +59,8 @@ fn plan(samples: &[(String, Spec)], allow_tf32: bool) -> Plan {
             Selected::Launch(launch) => {
                 let implementation = Implementation::Cuda { code: next_code, symbol: launch.symbol.clone() };
                 next_code += 1;
-                let scalars = launch.scalars.iter().map(|value| Argument::Scalar { value: value.clone() }).collect();
+                let scalars = launch.scalars.iter().map(|value| Argument::Scalar { value: value.clone() });
+                let scalars = scalars.chain(launch.checks.then_some(Argument::Fault { word: 0 })).collect();
                 let grid = launch.grid.map(|size| RankScalar::Uniform(i64::from(size)));
                 let shape = LaunchShape { grid, block: launch.block, shared_bytes: launch.shared_bytes };
                 (implementation, Action::Launch { kernel, operands, results, scalars, launch: Some(shape) })

@@ -8,6 +8,7 @@
     reason = "a test may stop at the first surprise, in its own functions too"
 )]
 
+mod faults;
 mod kernels;
 mod models;
 

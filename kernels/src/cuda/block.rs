@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use planfile::{DType, Op, Spec, TensorType};
 
-use super::Launch;
+use super::{FAULT, Launch};
 
 const SCALAR: &str = include_str!("../../cuda/scalar.cuh");
 const BLOCK: &str = include_str!("../../cuda/block.cuh");
@@ -23,11 +23,13 @@ pub(super) struct Only<'a> {
     parameters: Parameters,
 }
 
-/// How many pointers a kernel is launched with.
+/// What a kernel is launched with.
 #[derive(Clone, Copy)]
 struct Parameters {
     inputs: usize,
     results: usize,
+    /// See [`Launch::checks`].
+    checks: bool,
 }
 
 /// Whether all sizes are known at compile time.
@@ -64,7 +66,7 @@ impl<'a> Only<'a> {
             operands,
             results,
             arguments,
-            parameters: Parameters { inputs, results: found },
+            parameters: Parameters { inputs, results: found, checks: false },
         })
     }
 
@@ -78,6 +80,12 @@ impl<'a> Only<'a> {
     /// A launch of the function `symbol` of `body` on the operands and results.
     pub(super) fn launch(&self, unit: Unit, symbol: &str, body: &str, shape: Shape) -> Option<Launch> {
         self.launch_call(unit, symbol, body, &format!("{symbol}({})", self.arguments.join(", ")), shape)
+    }
+
+    /// As [`Self::launch`], of a function that checks indices: its last argument is the word that it marks.
+    pub(super) fn launch_checked(&self, unit: Unit, symbol: &str, body: &str, shape: Shape) -> Option<Launch> {
+        let call = format!("{symbol}({}, fault)", self.arguments.join(", "));
+        Parameters { checks: true, ..self.parameters }.launch(unit, symbol, body, &call, shape)
     }
 
     /// As [`Self::launch`], with the call spelled out.
@@ -100,19 +108,23 @@ pub(super) fn launch_for(
     call: &str,
     shape: Shape,
 ) -> Option<Launch> {
-    Parameters { inputs: spec.inputs.len(), results: spec.results.len() }.launch(unit, symbol, body, call, shape)
+    let parameters = Parameters { inputs: spec.inputs.len(), results: spec.results.len(), checks: false };
+    parameters.launch(unit, symbol, body, call, shape)
 }
 
 impl Parameters {
     fn launch(self, unit: Unit, name: &str, body: &str, call: &str, shape: Shape) -> Option<Launch> {
         let inputs = (0..self.inputs).map(|i| format!("const void* __restrict__ in{i}"));
         let results = (0..self.results).map(|i| format!("void* __restrict__ out{i}"));
-        let parameters: Vec<String> = inputs.chain(results).collect();
+        let fault = self.checks.then(|| FAULT.to_owned());
+        let parameters: Vec<String> = inputs.chain(results).chain(fault).collect();
         let threads: u32 = shape.block.iter().product();
         let symbol = format!("{name}_kernel");
+        let cluster =
+            if shape.cluster > 1 { format!("__cluster_dims__({}, 1, 1) ", shape.cluster) } else { String::new() };
         let source = format!(
             "{SCALAR}\n{BLOCK}\n{}\n{body}\n\
-             extern \"C\" __global__ void __launch_bounds__({threads}, {}) {symbol}(\n    {}) {{\n    {call};\n}}\n",
+             extern \"C\" __global__ void {cluster}__launch_bounds__({threads}, {}) {symbol}(\n    {}) {{\n    {call};\n}}\n",
             unit.text,
             shape.resident,
             parameters.join(",\n    "),
@@ -124,6 +136,7 @@ impl Parameters {
             block: shape.block,
             shared_bytes: shape.shared_bytes,
             scalars: Vec::new(),
+            checks: self.checks,
         })
     }
 }
@@ -136,6 +149,8 @@ pub(super) struct Shape {
     shared_bytes: u32,
     /// Blocks per multiprocessor that registers are to leave room for.
     resident: u32,
+    /// Neighbouring blocks that run at once and reach each other's shared memory.
+    cluster: u32,
 }
 
 impl Shape {
@@ -146,7 +161,7 @@ impl Shape {
 
     pub(super) fn plane(blocks: u64, threads: [u32; 2]) -> Option<Self> {
         let block = [threads[0], threads[1], 1];
-        (blocks <= GRID_MAX).then_some(Self { blocks: blocks.max(1), block, shared_bytes: 0, resident: 1 })
+        (blocks <= GRID_MAX).then_some(Self { blocks: blocks.max(1), block, shared_bytes: 0, resident: 1, cluster: 1 })
     }
 
     pub(super) fn shared(self, shared_bytes: u32) -> Self {
@@ -155,6 +170,11 @@ impl Shape {
 
     pub(super) fn resident(self, blocks: u32) -> Self {
         Self { resident: blocks, ..self }
+    }
+
+    /// In clusters of so many blocks, of which the grid is a multiple; needs `sm_90` where there is more than one.
+    pub(super) fn cluster(self, blocks: u32) -> Self {
+        Self { cluster: blocks, ..self }
     }
 }
 
@@ -390,6 +410,7 @@ mod tests {
             Op::Scan { .. } => "scan",
             Op::TopK { .. } => "top_k",
             Op::Attention { .. } => "attention",
+            Op::Recurrence { .. } => "recurrence",
             _ => return None,
         })
     }

@@ -18,6 +18,7 @@
 
 mod affine;
 mod expression;
+mod function;
 mod kernel;
 mod literal;
 mod loops;
@@ -30,9 +31,10 @@ use planfile::op::{PoolKind, ResizeMode};
 use planfile::{DType, Op, Spec, TensorType};
 
 use self::affine::Affine;
+pub(super) use self::function::function;
 use self::kernel::{ELEMENT, Kernel, Operand};
 use self::literal::element;
-use super::{Launch, Options};
+use super::{FAULT, Launch, Options};
 
 const SCALAR: &str = include_str!("../../cuda/scalar.cuh");
 const SHARED: &str = include_str!("../../cuda/generated.cuh");
@@ -161,6 +163,7 @@ fn is_supported(op: &Op, operands: &[&TensorType]) -> bool {
         | Op::ReduceScatter { .. }
         | Op::AllToAll { .. }
         | Op::Send { .. }
+        | Op::Recurrence { .. }
         | Op::Recv { .. } => false,
     }
 }
@@ -284,7 +287,8 @@ impl Plan {
         let results =
             results.map(|(n, &result)| format!("{}* __restrict__ y{n}", pointer(&self.types[result as usize])));
         let scalars = (0..kernel.scalars.len()).map(|n| format!("const i64 s{n}"));
-        let parameters: Vec<String> = inputs.chain(results).chain(scalars).collect();
+        let fault = kernel.checks.then(|| FAULT.to_owned());
+        let parameters: Vec<String> = inputs.chain(results).chain(scalars).chain(fault).collect();
         let symbol = symbol(spec);
         let index = if self.wide { "u64" } else { "u32" };
         let source = format!(
@@ -296,7 +300,8 @@ impl Plan {
         let blocks = (self.count / self.lanes).div_ceil(self.block * self.rounds).max(1);
         let grid = [u32::try_from(blocks).ok().filter(|&blocks| blocks < 1 << 31)?, 1, 1];
         let block = [u32::try_from(self.block).ok()?, 1, 1];
-        Some(Launch { symbol, source, grid, block, shared_bytes: 0, scalars: kernel.scalars.clone() })
+        let (scalars, checks) = (kernel.scalars.clone(), kernel.checks);
+        Some(Launch { symbol, source, grid, block, shared_bytes: 0, scalars, checks })
     }
 }
 

@@ -55,7 +55,7 @@ pub(super) fn select(spec: &Spec, _options: &Options) -> Option<Launch> {
     unit.int("OWNERS", owners.cast_signed());
     unit.int("TARGET_COLUMNS", if by_element.is_some() { columns.cast_signed() } else { 1 });
     let blocks = parts.checked_mul(tiles)?.checked_mul(lines.outer)?;
-    only.launch(unit, "scatter", BODY, Shape::flat(blocks, THREADS as u32)?)
+    only.launch_checked(unit, "scatter", BODY, Shape::flat(blocks, THREADS as u32)?)
 }
 
 /// The operand as `[outer, targets, inner]`.
@@ -91,7 +91,8 @@ fn elements(unit: &mut Unit, axis: usize, x: &TensorType, indices: &TensorType) 
          return start;\n}}\n\
          DEVICE i64 target_of(const Where* indices, Index start, Index j) {{\n    \
          const i64 index = indices[start + j * static_cast<Index>({stride}ull)];\n    \
-         return index < 0 ? index + {targets}ll : index;\n}}"
+         const i64 target = index < 0 ? index + {targets}ll : index;\n    \
+         return target < {targets}ll ? target : -1;\n}}"
     ));
     Lines { outer, targets, inner, updates: own[axis].size, update_stride: stride }
 }

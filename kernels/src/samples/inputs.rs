@@ -13,11 +13,16 @@ pub fn inputs(spec: &Spec, seed: u64) -> Vec<Tensor> {
     let special = if seed == 1 { Special::of(spec) } else { Special::default() };
     let mut random = Random { state: seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1 };
     let types = spec.types().unwrap_or_default();
-    let fill = |(position, ty): (usize, &TensorType)| match bounds_of(spec, &types, position) {
-        Some(bounds) => indices(ty, &bounds, &mut random),
-        None if seed == 1 && is_additive_mask(spec, position, ty) => mask(ty, &mut random),
-        None if seed == 1 && is_of_equals(spec, position) => equals(ty, &mut random),
-        None => numbers(ty, seed == 2, special, &mut random),
+    let fill = |(position, ty): (usize, &TensorType)| {
+        if let Some(part) = recurrent(spec, &types, position) {
+            return part_of_layer(ty, part, &mut random);
+        }
+        match bounds_of(spec, &types, position) {
+            Some(bounds) => indices(ty, &bounds, &mut random),
+            None if seed == 1 && is_additive_mask(spec, position, ty) => mask(ty, &mut random),
+            None if seed == 1 && is_of_equals(spec, position) => equals(ty, &mut random),
+            None => numbers(ty, seed == 2, special, &mut random),
+        }
     };
     spec.inputs.iter().enumerate().map(fill).collect()
 }
@@ -39,6 +44,39 @@ fn bounds_of(spec: &Spec, types: &[TensorType], input: usize) -> Option<Vec<u64>
             }
             _ => None,
         }
+    })
+}
+
+/// Operands of a recurrent layer that are not just any numbers.
+#[derive(Clone, Copy)]
+enum Recurrent {
+    /// Of states of this width.
+    Weights { width: u64 },
+    /// Of samples of so many steps at most.
+    Lengths { steps: u64 },
+}
+
+fn recurrent(spec: &Spec, types: &[TensorType], input: usize) -> Option<Recurrent> {
+    spec.nodes.iter().find_map(|node| {
+        let Op::Recurrence { lengths, .. } = node.op else { return None };
+        let is = |operand: Option<&u32>| operand == Some(&(input as u32));
+        let of = |operand: usize| types.get(*node.operands.get(operand)? as usize);
+        if is(node.operands.get(1)) {
+            return Some(Recurrent::Weights { width: of(1)?.size(2) });
+        }
+        (lengths && is(node.operands.last())).then_some(Recurrent::Lengths { steps: of(0)?.size(0) })
+    })
+}
+
+/// Weights under which a difference fades from step to step, rather than grow until devices no longer agree; lengths
+/// from nothing to all steps, and a little beyond on either side.
+fn part_of_layer(ty: &TensorType, part: Recurrent, random: &mut Random) -> Tensor {
+    tensor(ty, |_| match part {
+        Recurrent::Weights { width } => {
+            let value = (random.next() % 4001) as f64 / 1000.0 - 2.0;
+            Scalar::from_f64(ty.dtype, value / (4.0 * width.max(1) as f64).sqrt())
+        }
+        Recurrent::Lengths { steps } => Scalar::from_i64(ty.dtype, (random.next() % (steps + 3)) as i64 - 1),
     })
 }
 

@@ -35,7 +35,7 @@ pub(super) enum Class {
 
 pub(super) const fn class(op: &Op) -> Class {
     match op {
-        Op::Dot { .. } | Op::Conv { .. } | Op::Attention { .. } => Class::Product,
+        Op::Dot { .. } | Op::Conv { .. } | Op::Attention { .. } | Op::Recurrence { .. } => Class::Product,
         Op::Reduce { .. } | Op::Scan { .. } | Op::TopK { .. } => Class::Statistic,
         Op::Pointwise { .. } => Class::Expression,
         Op::Softmax { .. } | Op::Norm { .. } => Class::Normalisation,

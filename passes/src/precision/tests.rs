@@ -120,6 +120,26 @@ fn without_a_type_nothing_changes() {
 }
 
 #[test]
+fn recurrent_layers_read_the_half_type_and_their_functions_stay() {
+    let operands = |dtype: &str| {
+        format!(
+            "%w: {dtype}[1, 64, 16] = weight file 0 at 0
+             %p: {dtype}[1, 48] = weight file 0 at 16384
+             %s, %h, %e = recurrence %a, %w, %b, %c, %p, %n {{lstm, peepholes, lengths, \
+             forward [sigmoid(min($0, 3.0)), tanh($0), tanh($0)]}}
+             %f = pointwise %s {{f32($0)}}
+             %k = pointwise %e {{f32($0)}}
+             return %f, %k"
+        )
+    };
+    let inputs = "%x: f32[5, 2, 1, 64]\n%i: f32[1, 2, 16]\n%j: f32[1, 2, 16]\n%n: i64[2]\n";
+    let same = "%a = pointwise %x {f32($0)}\n%b = pointwise %i {f32($0)}\n%c = pointwise %j {f32($0)}\n";
+    let half = "%a = pointwise %x {f16($0)}\n%b = pointwise %i {f16($0)}\n%c = pointwise %j {f16($0)}\n";
+    check(DType::F16, &[inputs, same, &operands("f32")].concat(), &[inputs, half, &operands("f16")].concat());
+    assert!(error(&[inputs.replace("i64[2]", "i32[2]").as_str(), same, &operands("f32")].concat(), DType::F16) < 5e-3);
+}
+
+#[test]
 fn products_read_the_half_type_and_expressions_compute_in_single() {
     check(
         DType::BF16,

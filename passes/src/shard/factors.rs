@@ -5,7 +5,7 @@
 
 use ir::{Segment, Split, SubAxes};
 use planfile::expr::ExprOp;
-use planfile::op::ReduceKind;
+use planfile::op::{Cell, ReduceKind};
 use planfile::{Combine, Expr, Op, TensorType};
 
 /// What splitting a factor means.
@@ -190,6 +190,23 @@ pub(crate) fn factors(op: &Op, operands: &[&TensorType], results: &[&TensorType]
             }
             table.results = vec![vec![dims[0], dims[1], None, None]];
         }
+        Op::Recurrence { cell, bias, peepholes, lengths, .. } => {
+            // Each step needs the whole state of a sample; samples do not see each other.
+            let batch = table.add(operands[0].size(1), Kind::Parallel);
+            let state = vec![None, batch, None];
+            table.operands = vec![vec![None, batch, None, None], vec![None; 3], state.clone()];
+            table.results = vec![vec![None, None, batch, None], state.clone()];
+            if matches!(cell, Cell::Lstm { .. }) {
+                table.operands.push(state.clone());
+                table.results.push(state);
+            }
+            for _ in [bias, peepholes].into_iter().filter(|present| **present) {
+                table.operands.push(vec![None; 2]);
+            }
+            if *lengths {
+                table.operands.push(vec![batch]);
+            }
+        }
         // Reshape, Slice and Concat map splits by rules of their own.
         Op::Reshape { .. }
         | Op::Slice { .. }
@@ -272,4 +289,48 @@ fn reduce(table: &mut Factors, x: &TensorType, kind: ReduceKind, axes: &[u8], ke
     let result = dims.iter().enumerate().filter(|(dim, _)| keep || !reduced(*dim));
     table.results = vec![result.map(|(dim, along)| if reduced(dim) { None } else { *along }).collect()];
     table.operands = vec![dims];
+}
+
+#[cfg(test)]
+mod tests {
+    use planfile::{DType, infer};
+
+    use super::*;
+
+    #[test]
+    fn samples_of_a_recurrent_layer_are_its_only_factor() {
+        let [steps, batch, directions, width] = [7, 6, 2, 5];
+        let ty = |sizes: &[u64]| TensorType::new(DType::F32, sizes);
+        let state = ty(&[directions, batch, width]);
+        let operands = [
+            ty(&[steps, batch, directions, 4 * width]),
+            ty(&[directions, 4 * width, width]),
+            state.clone(),
+            state,
+            ty(&[directions, 3 * width]),
+            TensorType::new(DType::I64, &[batch]),
+        ];
+        let op = Op::Recurrence {
+            cell: Cell::Lstm { coupled: false },
+            reverse: vec![false, true],
+            functions: vec![Expr::operand(0); 6],
+            bias: false,
+            peepholes: true,
+            lengths: true,
+        };
+        let operands: Vec<&TensorType> = operands.iter().collect();
+        let results = infer(&op, &operands).unwrap();
+        let results: Vec<&TensorType> = results.iter().collect();
+        let table = factors(&op, &operands, &results);
+        assert_eq!(table.factors.len(), 1);
+        assert_eq!((table.factors[0].size, table.factors[0].kind), (batch, Kind::Parallel));
+        let split = |dims: &[Vec<Option<Along>>]| -> Vec<(usize, Vec<usize>)> {
+            let along = |dims: &Vec<Option<Along>>| (0..dims.len()).filter(|&dim| dims[dim].is_some()).collect();
+            dims.iter().map(|dims| (dims.len(), along(dims))).collect()
+        };
+        let (state, none) = ((3, vec![1]), vec![]);
+        let expected = [(4, vec![1]), (3, none.clone()), state.clone(), state.clone(), (2, none), (1, vec![0])];
+        assert_eq!(split(&table.operands), expected);
+        assert_eq!(split(&table.results), [(4, vec![2]), state.clone(), state]);
+    }
 }

@@ -339,7 +339,8 @@ impl<'a> Walk<'a> {
         whole.unwrap_or_else(|| Expr::constant(Scalar::bool(true)))
     }
 
-    /// Looks up the rank's own rows; the others contribute zero, so that the sum over ranks is the look-up.
+    /// Looks up the rank's own rows; the others contribute zero, so that the sum over ranks is the look-up. An index that is
+    /// out of range of the whole table stays as it is, and so out of range of the part: it is found out when it is used.
     fn split_table(
         &mut self,
         stage: usize,
@@ -372,9 +373,13 @@ impl<'a> Walk<'a> {
             let op = Op::Pointwise { expr: own, dims: indices.dims.clone() };
             let own = place.graph.add_one(op, &[operands[1]], origin)?;
             let clamped = Expr::operand(0).binary(Binary::Max, integer(0)).binary(Binary::Min, integer(rows - 1));
-            let op = Op::Pointwise { expr: clamped, dims: indices.dims.clone() };
-            let clamped = place.graph.add_one(op, &[own], origin)?;
-            let found = place.graph.add_one(Op::Gather { axis }, &[operands[0], clamped], origin)?;
+            let given = || Expr::operand(1).cast(DType::I64);
+            let inside = given().compare(Compare::Ge, integer(-total));
+            let inside = inside.binary(Binary::And, given().compare(Compare::Lt, integer(total)));
+            let local = inside.select(clamped, given());
+            let op = Op::Pointwise { expr: local, dims: indices.dims.clone() };
+            let local = place.graph.add_one(op, &[own, operands[1]], origin)?;
+            let found = place.graph.add_one(Op::Gather { axis }, &[operands[0], local], origin)?;
             // The index of each result element stands beside it.
             let ty = place.graph.ty(found).clone();
             let lead = usize::from(axis);

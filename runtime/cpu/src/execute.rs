@@ -5,7 +5,8 @@ use planfile::{Op, Tensor, TensorType, infer};
 use crate::error::CpuError;
 use crate::view::{View, ViewMut};
 use crate::{
-    attention, conv, dot, gather, movement, norm, pointwise, pool, reduce, resize, rotary, scan, scatter, softmax, topk,
+    attention, conv, dot, gather, movement, norm, pointwise, pool, recurrence, reduce, resize, rotary, scan, scatter,
+    softmax, topk,
 };
 
 /// Executes one primitive. `rank`: position among the stage's ranks, for attributes that differ by rank.
@@ -103,6 +104,10 @@ fn dispatch(op: &Op, rank: usize, operands: &[View<'_>], results: &mut [ViewMut<
             attention::attention(scale.0, *causal, softcap.0, operands, first)
         }
         Op::Rotary { interleaved, rotary: _ } => rotary::rotary(*interleaved, operands, first),
+        Op::Recurrence { cell, reverse, functions, bias, peepholes, lengths } => {
+            let layer = recurrence::Layer { cell: *cell, reverse, functions };
+            recurrence::recurrence(&layer, [*bias, *peepholes, *lengths], operands, first, rest)
+        }
         Op::AllReduce { .. }
         | Op::AllGather { .. }
         | Op::ReduceScatter { .. }

@@ -23,6 +23,7 @@ mod pool;
 mod product;
 mod program;
 pub mod recipe;
+mod recurrence;
 mod reduce;
 mod resize;
 mod rotary;

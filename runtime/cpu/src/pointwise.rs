@@ -1,7 +1,7 @@
 //! Element-wise expressions, a block of elements at a time.
 
 use bytemuck::Pod;
-use planfile::{DType, Expr, Unary};
+use planfile::{DType, Expr, ExprOp, Unary};
 use rayon::prelude::*;
 
 use crate::error::CpuError;
@@ -50,6 +50,44 @@ pub(crate) fn pointwise(
         }
         Ok(())
     })
+}
+
+/// An expression of one operand, for calls on many short rows.
+pub(crate) struct Function {
+    program: Program,
+    /// The whole of it, where it is one instruction.
+    unary: Option<Unary>,
+    dtype: DType,
+}
+
+impl Function {
+    /// Compiles an expression that passed its type check: an operand and a result of this type, no indices.
+    pub(crate) fn new(expr: &Expr, dtype: DType) -> Result<Self, CpuError> {
+        let unary = match expr.ops.as_slice() {
+            [ExprOp::Operand(0), ExprOp::Unary(unary)] => Some(*unary),
+            _ => None,
+        };
+        Ok(Self { program: compile(expr, 0, &[(dtype, Access::Direct)])?, unary, dtype })
+    }
+
+    /// `y[i] = self(x[i])`, `T` being the type that it was compiled for.
+    pub(crate) fn apply<T: Lane>(&self, x: &[T], y: &mut [T]) -> Result<(), CpuError> {
+        if let Some(unary) = self.unary {
+            T::unary(unary, y, x);
+            return Ok(());
+        }
+        let bytes = bytemuck::cast_slice(x);
+        let inputs = [Input { bytes, dtype: self.dtype, access: Access::Direct, walk: vec![(x.len(), 1)] }];
+        let dims = [x.len()];
+        let mut machine = Machine::new(&self.program, &inputs, &dims, x.len().min(BLOCK))?;
+        for (start, y) in (0..x.len()).step_by(BLOCK).zip(y.chunks_mut(BLOCK)) {
+            for step in &self.program.steps {
+                machine.run(step, start, y.len())?;
+            }
+            y.copy_from_slice(machine.get(self.program.result, start, y.len())?);
+        }
+        Ok(())
+    }
 }
 
 /// Elements that a thread takes at least.

@@ -358,7 +358,7 @@ mod tests {
     /// Whatever is changed, something is said.
     #[test]
     fn no_difference_is_silent() {
-        let changes: [fn(&mut Plan); 8] = [
+        let changes: [fn(&mut Plan); 9] = [
             |plan| plan.manifest.fingerprint.digest[0] = 1,
             |plan| plan.manifest.placed[0].arena_offset = 1 << 20,
             |plan| plan.programs[0].steps[0].cost.operations = 1,
@@ -366,6 +366,10 @@ mod tests {
             |plan| plan.explanations.names[0] = "/other".to_owned(),
             |plan| plan.explanations.alternatives.clear(),
             |plan| plan.kernels.swap(0, 1),
+            |plan| {
+                let Action::Launch { scalars, .. } = &mut plan.programs[0].steps[1].action else { panic!("a launch") };
+                scalars.push(Argument::Fault { word: 0 });
+            },
             |plan| {
                 let Action::Launch { operands, .. } = &mut plan.programs[0].steps[1].action else { panic!("a launch") };
                 operands[0].at = Argument::Arena { offset: 4096 };

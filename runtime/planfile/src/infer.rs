@@ -1,10 +1,12 @@
 //! Result types of primitives from operand types: the one place that states what is legal.
 
+mod recurrence;
 mod window;
 
 use crate::dtype::DType;
-use crate::op::{Groups, Op, PadMode, PoolKind, Real, ReduceKind, ResizeMode};
+use crate::op::{Cell, Groups, Op, PadMode, PoolKind, Real, ReduceKind, ResizeMode};
 use crate::types::{Dim, TensorType};
+use recurrence::infer_recurrence;
 use window::{infer_conv, infer_pool};
 
 type Inferred = Result<Vec<TensorType>, String>;
@@ -50,6 +52,10 @@ fn operand_count(op: &Op) -> Option<usize> {
         Op::Pad { mode, .. } => 1 + usize::from(*mode == PadMode::Constant),
         Op::Norm { scale, bias, .. } => 1 + usize::from(*scale) + usize::from(*bias),
         Op::Attention { mask, .. } => 3 + usize::from(*mask),
+        Op::Recurrence { cell, bias, peepholes, lengths, .. } => {
+            let lstm = matches!(cell, Cell::Lstm { .. });
+            3 + [lstm, *bias, *peepholes, *lengths].into_iter().map(usize::from).sum::<usize>()
+        }
         Op::Pool { .. }
         | Op::Reduce { .. }
         | Op::Scan { .. }
@@ -185,6 +191,7 @@ fn infer_counted(op: &Op, operands: &[&TensorType]) -> Inferred {
             infer_rotary(operands, *rotary)?;
             one(operands[0].clone())
         }
+        Op::Recurrence { .. } => infer_recurrence(op, operands),
         Op::AllReduce { groups, .. } => {
             group_size(groups)?;
             one(operands[0].clone())

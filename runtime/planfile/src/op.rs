@@ -271,6 +271,26 @@ pub enum Op {
         interleaved: bool,
         rotary: u64,
     },
+    /// A recurrent layer, all steps of it, in `D` directions: 1 or 2, as many as `reverse` has.
+    /// `(x: [T, B, D, G·H], weights: [D, G·H, H], hidden: [D, B, H], cell?: [D, B, H], bias?: [D, H], peepholes?: [D, 3·H],
+    /// lengths?: [B] I32 | I64)` → hidden states `[T, D, B, H]`, the last hidden state `[D, B, H]` and, of an LSTM, the
+    /// last cell state `[D, B, H]`; see [`Cell`] for the `G` gates.
+    ///
+    /// `x` holds the products of the input, with all biases that commute with the products of the state. Steps compute
+    /// in `f32` (`f64` for `f64`), where the cell state stays; the hidden state is rounded to the element type in each.
+    /// `functions`, of operand 0 in that type: [`Cell::functions`] for each direction.
+    /// Samples whose length is over have 0 in the first result, and their state stays. In reverse they start at their
+    /// last step.
+    Recurrence {
+        cell: Cell,
+        reverse: Vec<bool>,
+        functions: Vec<Expr>,
+        /// Added to the product of the state that a late reset scales: [`Cell::Gru`] with `resets_late` only.
+        bias: bool,
+        /// Weights of the cell state in the gates input, output and forget: [`Cell::Lstm`] only.
+        peepholes: bool,
+        lengths: bool,
+    },
     /// `(x)`: the combination over each group, on all its ranks.
     AllReduce {
         combine: Combine,
@@ -304,6 +324,40 @@ pub enum Op {
         peers: Vec<u32>,
         ty: TensorType,
     },
+}
+
+/// What a step of [`Op::Recurrence`] does, with `h` the hidden state, `x` the step's own products in blocks of gates and
+/// `f`, `g`, `s` the functions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Cell {
+    /// `h' = f(x + W·h)`.
+    Rnn,
+    /// Update, reset, new: `z, r = f(x + W·h)`; `n = g(x + W·(r ∘ h))`, or `g(x + r ∘ (W·h + bias))` if it resets late;
+    /// `h' = (1 - z) ∘ n + z ∘ h`.
+    Gru { resets_late: bool },
+    /// Input, output, forget, cell: `i, f = f(x + W·h + p ∘ c)`, `f = 1 - i` if coupled; `c' = f ∘ c + i ∘ g(x + W·h)`;
+    /// `o = f(x + W·h + p ∘ c')`; `h' = o ∘ s(c')`.
+    Lstm { coupled: bool },
+}
+
+impl Cell {
+    /// Blocks of `H` rows in the weights: `G`.
+    pub const fn gates(self) -> u64 {
+        match self {
+            Self::Rnn => 1,
+            Self::Gru { .. } => 3,
+            Self::Lstm { .. } => 4,
+        }
+    }
+
+    /// Functions of one direction: of the gates, of what is new, of the cell state that is shown.
+    pub const fn functions(self) -> usize {
+        match self {
+            Self::Rnn => 1,
+            Self::Gru { .. } => 2,
+            Self::Lstm { .. } => 3,
+        }
+    }
 }
 
 /// Which past keys a query sees.
@@ -350,6 +404,7 @@ impl Op {
             Self::Norm { .. } => "norm",
             Self::Attention { .. } => "attention",
             Self::Rotary { .. } => "rotary",
+            Self::Recurrence { .. } => "recurrence",
             Self::AllReduce { .. } => "all_reduce",
             Self::AllGather { .. } => "all_gather",
             Self::ReduceScatter { .. } => "reduce_scatter",

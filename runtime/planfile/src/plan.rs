@@ -217,6 +217,12 @@ pub enum Argument {
     Scalar {
         value: RankScalar,
     },
+    /// The address of a `u32` of the step's own, zero before a run, which the kernel makes 1 where an index that it reads
+    /// is out of range. The run then fails, with the name of the step. Words are numbered within the program, from 0 on;
+    /// they are in memory of the host that the rank reaches, so that a run without faults has nothing to copy.
+    Fault {
+        word: u32,
+    },
 }
 
 /// One thing a rank does.
@@ -372,7 +378,28 @@ pub struct Alternative {
     pub predicted_ns: u64,
 }
 
+impl Program {
+    /// Steps that check indices, in order, with their fault words.
+    pub fn faults(&self) -> impl Iterator<Item = (usize, u32)> + '_ {
+        self.steps.iter().enumerate().flat_map(|(step, described)| {
+            let words = described.action.scalars().iter().filter_map(|scalar| match scalar {
+                Argument::Fault { word } => Some(*word),
+                _ => None,
+            });
+            words.map(move |word| (step, word))
+        })
+    }
+}
+
 impl Action {
+    /// What it is given besides tensors.
+    pub fn scalars(&self) -> &[Argument] {
+        match self {
+            Self::Launch { scalars, .. } => scalars,
+            Self::Library { .. } | Self::Collective { .. } | Self::Copy { .. } | Self::Persistent { .. } => &[],
+        }
+    }
+
     /// The tensors it reads and those it writes.
     pub fn places(&self) -> (Vec<&Place>, Vec<&Place>) {
         match self {

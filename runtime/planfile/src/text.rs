@@ -267,6 +267,7 @@ impl Show<'_> {
             Argument::Epoch => "epoch".to_owned(),
             Argument::TensorMap { offset, block } => format!("map arena+{offset:#x} {block:?}"),
             Argument::Scalar { value } => value.to_string(),
+            Argument::Fault { word } => format!("fault {word}"),
         }
     }
 
@@ -288,6 +289,14 @@ fn shape(launch: Option<&LaunchShape>) -> String {
 pub(crate) fn operation(op: &Op) -> String {
     match op {
         Op::Pointwise { expr, .. } => format!("pointwise {{{}}}", postfix(expr)),
+        Op::Recurrence { cell, reverse, functions, bias, peepholes, lengths } => {
+            let functions: Vec<String> = functions.iter().map(postfix).collect();
+            let functions = functions.join("; ");
+            format!(
+                "recurrence {{{cell:?}, reverse: {reverse:?}, functions: [{functions}], bias: {bias}, \
+                 peepholes: {peepholes}, lengths: {lengths}}}"
+            )
+        }
         other => {
             let debug = format!("{other:?}");
             let attributes = debug.split_once(" {").map_or("", |(_, attributes)| attributes);

@@ -12,6 +12,7 @@
 mod bounds;
 mod clock;
 mod exchange;
+mod faults;
 mod intervals;
 mod kernels;
 mod manifest;

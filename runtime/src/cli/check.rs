@@ -86,10 +86,12 @@ pub fn check(
         if failed.is_none() {
             failed = checker.add(record).err();
         }
-    })?;
+    });
+    // What the CPU cannot execute either it can explain better: it knows which index is out of range.
     if let Some(error) = failed {
         return Err(error.into());
     }
+    let outputs = outputs?;
     let steps: Vec<CheckedStep> = checker.found().map(|(at, found)| checked(plan, at, found)).collect();
     let mut worst = steps.clone();
     worst.sort_by(|a, b| b.largest.total_cmp(&a.largest));

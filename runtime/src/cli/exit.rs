@@ -109,9 +109,11 @@ impl From<RuntimeError> for Failure {
 fn exit_of(error: &CudaError) -> Exit {
     match error {
         CudaError::Contradiction { .. } | CudaError::Compile { .. } | CudaError::Abandoned => Exit::Internal,
-        CudaError::Absent { .. } | CudaError::Symbol { .. } | CudaError::Call { .. } | CudaError::Refused { .. } => {
-            Exit::Machine
-        }
+        CudaError::Absent { .. }
+        | CudaError::GivenAbsent { .. }
+        | CudaError::Symbol { .. }
+        | CudaError::Call { .. }
+        | CudaError::Refused { .. } => Exit::Machine,
     }
 }
 

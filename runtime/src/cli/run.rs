@@ -160,11 +160,12 @@ pub(super) fn load(file: PlanFile, flags: &DeviceFlags) -> Result<(Session, Devi
     let bytes = file.plan().manifest.weight_arena_bytes.iter().fold(0u64, |sum, &bytes| sum.saturating_add(bytes));
     let devices = flags.devices.clone().unwrap_or_else(|| Devices::of(file.plan()));
     let bar = bytes_bar("loading weights", bytes);
-    let session = Session::load_file(file, devices.clone(), |done| bar.set_position(done))?;
+    let progress = |done| bar.set_position(done);
+    let session = match flags.strict {
+        true => Session::load_file_strictly(file, devices.clone(), progress)?,
+        false => Session::load_file(file, devices.clone(), progress)?,
+    };
     bar.finish_and_clear();
-    if flags.strict {
-        session.require_recorded_versions()?;
-    }
     for other in session.other_versions() {
         warn(&other_version_text(other));
     }

@@ -9,6 +9,7 @@ use planfile::plan::Plan;
 
 use super::driver::Pinned;
 use super::error::CudaError;
+use super::faults::Fault;
 use super::fellowship::Fellowship;
 use super::memory::DeviceMemoryReport;
 use super::nccl::Nccl;
@@ -17,7 +18,7 @@ use super::session::CudaSession;
 use super::thread::RankThread;
 use super::transfer::Transfers;
 use crate::error::{RuntimeError, StepError};
-use crate::ports::{PartOf, Piece, assemble, misfit};
+use crate::ports::{PartOf, Piece, assemble, misfit, names_of};
 
 /// How long ranks get to notice that another one failed, before they are torn out of what they wait for.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -122,7 +123,8 @@ impl CudaContext {
     /// Runs an entry on whole inputs in the order of its ports; whole outputs in that of the entry.
     pub(crate) fn run(&mut self, entry: usize, inputs: &[&Tensor]) -> Result<Vec<Tensor>, RuntimeError> {
         self.begin(entry, inputs)?;
-        self.staged(move |rank, staging, _| rank.run(entry, staging), &mut |_| {})?;
+        let faults = self.staged(move |rank, staging, _| rank.run(entry, staging), &mut |_| {})?;
+        self.fail_first(faults)?;
         self.outputs(entry)
     }
 
@@ -135,7 +137,8 @@ impl CudaContext {
         told: &mut dyn FnMut(Told),
     ) -> Result<Vec<Tensor>, RuntimeError> {
         self.begin(entry, inputs)?;
-        self.staged(move |rank, staging, tell| rank.run_told(entry, staging, records, tell), told)?;
+        let faults = self.staged(move |rank, staging, tell| rank.run_told(entry, staging, records, tell), told)?;
+        self.fail_first(faults)?;
         self.outputs(entry)
     }
 
@@ -199,6 +202,15 @@ impl CudaContext {
             }
         }
         Ok(())
+    }
+
+    /// The error of the step that first read an index that is out of range, on the first rank where it did. What
+    /// follows from it is not told. All ranks are done, so that the context goes on to be of use.
+    fn fail_first(&self, faults: Vec<Option<Fault>>) -> Result<(), RuntimeError> {
+        let Some(Fault { program, step, rank }) = faults.into_iter().flatten().min() else { return Ok(()) };
+        let described = self.plan.programs.get(program).and_then(|program| program.steps.get(step));
+        let origin = described.map(|step| names_of(&self.plan, step)).unwrap_or_default();
+        Err(RuntimeError::Step { rank, program, step, origin, source: StepError::OutOfRange })
     }
 
     /// Puts outputs together from the staging memory.

@@ -45,6 +45,7 @@ functions! {
     fn cuMemFree_v2(Address) -> u32;
     fn cuMemHostAlloc(*mut Raw, usize, c_uint) -> u32;
     fn cuMemFreeHost(Raw) -> u32;
+    fn cuMemHostGetDevicePointer_v2(*mut Address, Raw, c_uint) -> u32;
     fn cuMemsetD8Async(Address, u8, usize, Raw) -> u32;
     fn cuMemcpyHtoDAsync_v2(Address, *const c_void, usize, Raw) -> u32;
     fn cuMemcpyDtoHAsync_v2(Raw, Address, usize, Raw) -> u32;

@@ -19,6 +19,12 @@ pub enum CudaError {
         refused: Vec<String>,
     },
     #[error(
+        "{library} was not found: {} names {path}, and no other file was tried ({reason}); correct or unset the variable, \
+         or {}",
+        library.variable(), library.advice()
+    )]
+    GivenAbsent { library: LibraryName, path: String, reason: String },
+    #[error(
         "{path} has no function `{symbol}`, so it is too old or no {library}; {}, or name another file in {}",
         library.advice(), library.variable()
     )]

@@ -184,7 +184,7 @@ impl Opened {
     /// Opens the first candidate that the loader accepts.
     ///
     /// # Errors
-    /// [`CudaError::Absent`] with everything that was tried.
+    /// [`CudaError::Absent`] with everything that was tried, [`CudaError::GivenAbsent`].
     pub(super) fn open(library: LibraryName, places: &Places) -> Result<Self, CudaError> {
         Self::open_named(library, library.file_names(), places)
     }
@@ -192,11 +192,11 @@ impl Opened {
     fn open_named(library: LibraryName, names: &[&str], places: &Places) -> Result<Self, CudaError> {
         let mut refused = Vec::new();
         if let Some(given) = &places.given {
-            let opened = open_with_parts(given, library);
-            return opened.map(|handle| Self::new(library, handle, given.display().to_string())).map_err(|reason| {
-                let names = vec![format!("{} (from {})", given.display(), library.variable())];
-                CudaError::Absent { library, names, folders: Vec::new(), refused: vec![reason] }
-            });
+            let path = given.display().to_string();
+            return match open_with_parts(given, library) {
+                Ok(handle) => Ok(Self::new(library, handle, path)),
+                Err(reason) => Err(CudaError::GivenAbsent { library, path, reason }),
+            };
         }
         for name in names {
             if let Ok(handle) = open(Path::new(name), RTLD_LOCAL) {
@@ -384,9 +384,9 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let given = folder.path().join("libnccl.so.2");
         let places = Places { given: Some(given), ..Places::of_this_machine(LibraryName::Nccl) };
-        let error = Opened::open(LibraryName::Nccl, &places).map(drop).unwrap_err();
-        assert!(error.to_string().contains("(from PLANWRIGHT_NCCL)"), "{error}");
-        assert!(names(error).0.is_empty());
+        let message = Opened::open(LibraryName::Nccl, &places).map(drop).unwrap_err().to_string();
+        assert!(message.contains("PLANWRIGHT_NCCL names ") && message.contains("no other file was tried"), "{message}");
+        assert!(!message.contains("looks") && message.contains("pip install nvidia-nccl-cu13"), "{message}");
     }
 
     #[test]

@@ -150,7 +150,11 @@ impl Rank {
             Argument::Weights { offset } => (*offset, self.session.weights(self.rank)?),
             Argument::Peer { .. } => return Err(unsupported("memory of a peer")),
             Argument::State { .. } => return Err(unsupported("state between runs")),
-            Argument::Extent { .. } | Argument::Epoch | Argument::TensorMap { .. } | Argument::Scalar { .. } => {
+            Argument::Extent { .. }
+            | Argument::Epoch
+            | Argument::TensorMap { .. }
+            | Argument::Scalar { .. }
+            | Argument::Fault { .. } => {
                 return Err(contradiction("a tensor is at a place that holds none"));
             }
         };
@@ -180,8 +184,11 @@ impl Rank {
             parameters.push(self.address(place)?);
         }
         for scalar in scalars {
-            let Argument::Scalar { value } = scalar else { return Err(unsupported("a scalar in device memory")) };
-            parameters.push(value_of(value, position)? as u64);
+            parameters.push(match scalar {
+                Argument::Scalar { value } => value_of(value, position)? as u64,
+                Argument::Fault { word } => self.faults.word(*word)?,
+                _ => return Err(unsupported("a scalar in device memory")),
+            });
         }
         let mut grid = [0; 3];
         for (size, value) in grid.iter_mut().zip(&launch.grid) {

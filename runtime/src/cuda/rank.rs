@@ -13,6 +13,7 @@ use super::cublaslt;
 use super::cudnn;
 use super::driver::{DeviceMemory, Event, Gpu, Pinned, Stream, read};
 use super::error::CudaError;
+use super::faults::{Fault, Faults};
 use super::fellowship::Fellowship;
 use super::memory::DeviceMemoryReport;
 use super::nccl::{Communicator, UniqueId};
@@ -49,6 +50,7 @@ pub(super) struct Rank {
     end: Event,
     pub(super) streams: Streams,
     pub(super) arena: DeviceMemory,
+    pub(super) faults: Faults,
     pub(super) gpu: Arc<Gpu>,
     pub(super) session: Arc<CudaSession>,
     pub(super) plan: Arc<Plan>,
@@ -82,9 +84,10 @@ impl Rank {
             // What nobody has written is the same in every run.
             arena.clear(streams.first())?;
             streams.first().wait()?;
-            Ok((arena, streams, Event::timed(&gpu)?, Event::timed(&gpu)?))
+            let faults = Faults::new(&gpu, &plan, rank)?;
+            Ok((arena, streams, faults, [Event::timed(&gpu)?, Event::timed(&gpu)?]))
         };
-        let (arena, streams, begin, end) = make().map_err(at)?;
+        let (arena, streams, faults, [begin, end]) = make().map_err(at)?;
         Ok(Self {
             entries: BTreeMap::new(),
             communicators: BTreeMap::new(),
@@ -95,6 +98,7 @@ impl Rank {
             end,
             streams,
             arena,
+            faults,
             gpu,
             session,
             plan,
@@ -220,8 +224,16 @@ impl Rank {
         outcome
     }
 
-    /// Runs a prepared entry on the inputs in `staging`. The first run goes step by step and captures the graphs.
-    pub(super) fn run(&mut self, entry: usize, staging: &mut Staging) -> Result<(), RuntimeError> {
+    /// The first step of these programs that read an index that is out of range since the last time this was asked.
+    /// The GPU has nothing to do.
+    fn take_fault(&mut self, programs: &[PreparedProgram]) -> Option<Fault> {
+        let described = programs.iter().filter_map(|own| Some((own.program, self.plan.programs.get(own.program)?)));
+        self.faults.take(described, self.rank)
+    }
+
+    /// Runs a prepared entry on the inputs in `staging`. The first run goes step by step and captures the graphs. A
+    /// fault is no failure of the rank: it has done all its steps, and the other ranks do theirs.
+    pub(super) fn run(&mut self, entry: usize, staging: &mut Staging) -> Result<Option<Fault>, RuntimeError> {
         self.with_programs(entry, |rank, programs| {
             let at = |source| RuntimeError::Rank { rank: rank.rank, source };
             for program in &mut *programs {
@@ -239,18 +251,19 @@ impl Rank {
                 }
                 rank.download(program, staging).map_err(at)?;
             }
-            rank.wait()
+            rank.wait()?;
+            Ok(rank.take_fault(programs))
         })
     }
 
-    /// Runs a prepared entry step by step, each waited for, and tells of each.
+    /// As [`Self::run`], step by step, each waited for, and tells of each.
     pub(super) fn run_told(
         &mut self,
         entry: usize,
         staging: &mut Staging,
         records: bool,
         tell: &mut dyn FnMut(Told),
-    ) -> Result<(), RuntimeError> {
+    ) -> Result<Option<Fault>, RuntimeError> {
         self.with_programs(entry, |rank, programs| {
             let at = |source| RuntimeError::Rank { rank: rank.rank, source };
             for program in &mut *programs {
@@ -258,7 +271,8 @@ impl Rank {
                 rank.step_by_step(program, Some((records, &mut *tell)))?;
                 rank.download(program, staging).map_err(at)?;
             }
-            rank.wait()
+            rank.wait()?;
+            Ok(rank.take_fault(programs))
         })
     }
 
@@ -318,7 +332,8 @@ impl Rank {
         Ok(())
     }
 
-    /// Microseconds of each of `runs` runs by graph, inputs uploaded before. After a first run of the entry.
+    /// Microseconds of each of `runs` runs by graph, inputs uploaded before. After a first run of the entry on the same
+    /// inputs, which had no faults.
     pub(super) fn time(&mut self, entry: usize, staging: &Staging, runs: u32) -> Result<Vec<f64>, RuntimeError> {
         self.with_programs(entry, |rank, programs| {
             let at = |source| RuntimeError::Rank { rank: rank.rank, source };
@@ -367,6 +382,9 @@ impl Rank {
                     durations.push(StepDuration { rank: rank.rank, program: program.program, step, us });
                 }
             }
+            // A step alone may find anything where its indices were.
+            rank.wait()?;
+            rank.take_fault(programs);
             Ok(durations)
         })
     }

@@ -49,10 +49,12 @@ pub(crate) struct CudaSession {
 
 impl CudaSession {
     /// Checks the machine against the plan, then loads weights and machine code. `ordinals` are by rank; `None` takes
-    /// the first GPUs. `progress` is told how many bytes of weight arenas are in place.
+    /// the first GPUs, and `strict` refuses libraries of other versions than the plan records. `progress` is told how many
+    /// bytes of weight arenas are in place.
     pub(crate) fn load(
         file: &PlanFile,
         ordinals: Option<&[u32]>,
+        strict: bool,
         progress: impl FnMut(u64),
     ) -> Result<Self, RuntimeError> {
         let plan = file.plan();
@@ -76,6 +78,10 @@ impl CudaSession {
             }
         }
         let other_versions = open_libraries(plan)?;
+        if let (true, Some(other)) = (strict, other_versions.first()) {
+            let OtherVersion { library, recorded, found, .. } = other.clone();
+            return Err(RuntimeError::OtherVersion { library, recorded, found });
+        }
         let gpus = ordinals.iter().map(|&ordinal| Gpu::open(ordinal)).collect::<Result<Vec<_>, _>>()?;
         let check = |(rank, gpu): (u32, &Arc<Gpu>)| check_memory(plan, rank, gpu);
         let free_before = (0u32..).zip(&gpus).map(check).collect::<Result<Vec<_>, _>>()?;

@@ -57,6 +57,8 @@ pub(super) struct Kernel<'a> {
     pub(super) lanes: u64,
     at_hand: Vec<BTreeMap<(u32, Vec<Affine>), Operand>>,
     pub(super) scalars: Vec<RankScalar>,
+    /// Whether it reads positions from memory, and reports those that are outside.
+    pub(super) checks: bool,
     /// How often the code that is being written runs, over all elements.
     pub(super) runs: u64,
     /// How often each value is computed.
@@ -88,6 +90,7 @@ impl<'a> Kernel<'a> {
             lanes,
             at_hand: vec![BTreeMap::new()],
             scalars: Vec::new(),
+            checks: false,
             runs: count,
             wide,
         })

@@ -151,16 +151,27 @@ impl Kernel<'_> {
         self.variable(name, size)
     }
 
-    /// Reads a position along a dimension of `size`; counted from the end where negative.
+    /// Reads a position along a dimension of `size`, counted from the end where negative; reports one that is outside.
     fn read_position(&mut self, indices: u32, at: Vec<Affine>, size: u64) -> Option<Affine> {
         let read = self.value(indices, at)?;
         let name = self.fresh('p');
-        self.line(&format!("const Index {name} = resolve({}, {size});", read.name));
+        self.checks = true;
+        self.line(&format!("const Index {name} = resolve({}, {size}, fault);", read.name));
         Some(self.variable(name, size))
+    }
+
+    /// What a gather from an operand without elements gives: there is no position that would not be outside.
+    fn outside(&mut self, number: u32) -> Operand {
+        self.checks = true;
+        self.line("*fault = 1;");
+        Operand::uniform(format!("static_cast<{}>(0)", value(self.dtype(number))))
     }
 
     pub(super) fn gather(&mut self, axis: usize, operands: [u32; 2], number: u32, index: &[Affine]) -> Option<Operand> {
         let [x, indices] = operands;
+        if self.ty(x).elements() == Some(0) {
+            return Some(self.outside(number));
+        }
         let own = index.get(axis..axis + self.ty(indices).rank())?.to_vec();
         if own.iter().any(|position| self.spread(position) != Spread::Uniform) {
             return self.by_lane(number, index);
@@ -179,6 +190,9 @@ impl Kernel<'_> {
         index: &[Affine],
     ) -> Option<Operand> {
         let [x, indices] = operands;
+        if self.ty(x).elements() == Some(0) {
+            return Some(self.outside(number));
+        }
         if index.iter().any(|position| self.spread(position) != Spread::Uniform) {
             return self.by_lane(number, index);
         }
@@ -196,6 +210,9 @@ impl Kernel<'_> {
         index: &[Affine],
     ) -> Option<Operand> {
         let [x, indices] = operands;
+        if self.ty(x).elements() == Some(0) {
+            return Some(self.outside(number));
+        }
         let (sizes, depth) = (self.sizes(x), *self.sizes(indices).last()?);
         let outer = index.get(..self.ty(indices).rank() - 1)?.to_vec();
         if outer.iter().any(|position| self.spread(position) != Spread::Uniform) {

@@ -210,3 +210,34 @@ fn refuses_to_fuse_what_is_read_more_often_than_it_has_elements() {
     let long = (0..200).map(|n| (exp.clone(), vec![n])).collect();
     assert!(!accepts_fusion(&chain(vec![f16(&sizes)], long)));
 }
+
+#[test]
+fn gathers_report_indices_that_are_outside() {
+    let indices = |sizes: &[u64]| TensorType::new(DType::I64, sizes);
+    let spec = chain(
+        vec![f16(&[10, 7]), indices(&[3])],
+        vec![(Op::Gather { axis: 0 }, vec![0, 1]), (unary(Unary::Tanh, &[3, 7]), vec![2])],
+    );
+    let (launch, text) = (generate(&spec).unwrap(), body(&spec));
+    assert!(launch.checks && text.contains("y0,\n    u32* __restrict__ fault) {"), "{text}");
+    // Threads beyond the last element have returned before.
+    let (end, check) = (text.find("if (i >= 21u) return;").unwrap(), text.find(", 10, fault);").unwrap());
+    assert!(end < check, "{text}");
+    // The word comes after numbers that differ by rank.
+    let part = Op::Slice { starts: vec![RankScalar::ByRank(vec![0, 5])], steps: vec![1], sizes: vec![5] };
+    let spec = chain(vec![f16(&[10]), indices(&[3])], vec![(part, vec![0]), (Op::Gather { axis: 0 }, vec![2, 1])]);
+    let text = body(&spec);
+    assert!(text.contains("const i64 s0,\n    u32* __restrict__ fault) {"), "{text}");
+    // Each level of an index tuple has a bound of its own.
+    let text = body(&Spec::of(Op::GatherNd { batch: 0 }, vec![f16(&[4, 5, 6]), indices(&[7, 2])]).unwrap());
+    assert!(text.contains(", 4, fault)") && text.contains(", 5, fault)"), "{text}");
+    assert!(!generate(&chain(vec![f16(&[8])], vec![(unary(Unary::Neg, &[8]), vec![0])])).unwrap().checks);
+}
+
+#[test]
+fn nothing_is_read_where_there_is_nothing() {
+    let spec = Spec::of(Op::Gather { axis: 0 }, vec![f16(&[0, 7]), TensorType::new(DType::I64, &[3])]).unwrap();
+    let text = body(&spec);
+    assert!(generate(&spec).unwrap().checks && text.contains("*fault = 1;"), "{text}");
+    assert!(!text.contains("x0["), "{text}");
+}

@@ -26,6 +26,7 @@ mod op;
 mod parse;
 mod print;
 mod recipe;
+mod recurrence;
 mod scalar;
 mod statements;
 mod types;

@@ -12,7 +12,7 @@ use super::bag::{Bag, missing};
 use super::cursor::{Cursor, Mark};
 use super::scalar::real;
 use super::types::{COMBINES, combine_name};
-use super::{expr, lexer::Kind};
+use super::{expr, lexer::Kind, recurrence};
 use crate::error::IrError;
 
 const NEAREST: [(NearestRounding, &str); 4] = [
@@ -46,11 +46,11 @@ const INDEX_ORDERS: [(IndexOrder, &str); 2] =
 
 const CAUSALS: [(Causal, &str); 2] = [(Causal::FromStart, "from_start"), (Causal::FromEnd, "from_end")];
 
-fn named<T: PartialEq>(table: &[(T, &'static str)], value: &T) -> &'static str {
+pub(super) fn named<T: PartialEq>(table: &[(T, &'static str)], value: &T) -> &'static str {
     table.iter().find(|(known, _)| known == value).map_or("?", |(_, name)| name)
 }
 
-fn lookup<T: Copy>(table: &[(T, &str)], name: &str) -> Option<T> {
+pub(super) fn lookup<T: Copy>(table: &[(T, &str)], name: &str) -> Option<T> {
     table.iter().find(|(_, known)| *known == name).map(|(value, _)| *value)
 }
 
@@ -220,6 +220,7 @@ pub(super) fn attributes(op: &Op) -> String {
             items.put(format!("rotary {rotary}"));
             items.flag("interleaved", *interleaved);
         }
+        Op::Recurrence { .. } => items.0.extend(recurrence::items(op)),
         Op::AllReduce { combine, groups } => {
             items.put(combine_name(*combine));
             items.put(format!("groups {groups:?}"));
@@ -308,6 +309,9 @@ pub(super) fn read(cursor: &mut Cursor<'_>, name: &str, mark: Mark, signature: &
         cursor.sign("}")?;
         let dims = signature.dims().unwrap_or_else(|_| signature.broadcast());
         return Ok(Op::Pointwise { expr, dims });
+    }
+    if name == "recurrence" {
+        return recurrence::read(cursor, mark);
     }
     let bare = if name == "transpose" { "permutation" } else { "list" };
     if matches!(cursor.peek(), Kind::Sign("[")) && name != "transpose" {

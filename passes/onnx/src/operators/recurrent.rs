@@ -1,8 +1,9 @@
-//! Recurrent layers, unrolled: the products with the input are one product over all steps, what depends on the state
-//! is a chain.
+//! Recurrent layers: one product of the input with the weights of all gates, steps and directions, and one primitive
+//! for what depends on the state.
 
 use ir::ValueId;
-use planfile::{Compare, DType, Expr, Op, Scalar, Unary};
+use planfile::op::Cell;
+use planfile::{Compare, DType, Expr, Op, Unary};
 
 use super::activation::{add, max, min, mul, sub};
 use super::{Operator, row};
@@ -10,37 +11,17 @@ use crate::context::{Context, OpError, number};
 
 #[rustfmt::skip]
 pub(super) const OPERATORS: &[Operator] = &[
-    row("GRU",  7, |ctx| recurrent(ctx, Kind::Gru)),
-    row("LSTM", 7, |ctx| recurrent(ctx, Kind::Lstm)),
-    row("RNN",  7, |ctx| recurrent(ctx, Kind::Rnn)),
+    row("GRU",  7, |ctx| recurrent(ctx, Cell::Gru { resets_late: ctx.flag("linear_before_reset", false)? })),
+    row("LSTM", 7, |ctx| recurrent(ctx, Cell::Lstm { coupled: ctx.flag("input_forget", false)? })),
+    row("RNN",  7, |ctx| recurrent(ctx, Cell::Rnn)),
 ];
 
-/// Steps that are unrolled at most, over both directions.
-const STEPS_MAX: u64 = 2048;
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
-    Rnn,
-    Gru,
-    Lstm,
-}
-
-impl Kind {
-    /// Blocks of `hidden` rows in the weights: update, reset, new; input, output, forget, cell.
-    const fn gates(self) -> u64 {
-        match self {
-            Self::Rnn => 1,
-            Self::Gru => 3,
-            Self::Lstm => 4,
-        }
-    }
-
-    const fn activations(self) -> &'static [&'static str] {
-        match self {
-            Self::Rnn => &["Tanh"],
-            Self::Gru => &["Sigmoid", "Tanh"],
-            Self::Lstm => &["Sigmoid", "Tanh", "Tanh"],
-        }
+/// Functions of a direction where the model names none.
+const fn usual(cell: Cell) -> &'static [&'static str] {
+    match cell {
+        Cell::Rnn => &["Tanh"],
+        Cell::Gru { .. } => &["Sigmoid", "Tanh"],
+        Cell::Lstm { .. } => &["Sigmoid", "Tanh", "Tanh"],
     }
 }
 
@@ -48,13 +29,16 @@ impl Kind {
 #[derive(Clone, Copy, Debug)]
 enum Activation {
     Affine(f32, f32),
+    Elu(f32),
     HardSigmoid(f32, f32),
     LeakyRelu(f32),
     Relu,
     ScaledTanh(f32, f32),
     Sigmoid,
+    Softplus,
     Softsign,
     Tanh,
+    ThresholdedRelu(f32),
 }
 
 impl Activation {
@@ -62,24 +46,34 @@ impl Activation {
         let n = |value: f32| number(dtype, f64::from(value));
         match self {
             Self::Affine(alpha, beta) => add(mul(n(alpha), x), n(beta)),
+            Self::Elu(alpha) => {
+                let below = mul(n(alpha), sub(x.clone().unary(Unary::Exp), n(1.0)));
+                x.clone().compare(Compare::Lt, n(0.0)).select(below, x)
+            }
             Self::HardSigmoid(alpha, beta) => max(n(0.0), min(n(1.0), add(mul(n(alpha), x), n(beta)))),
             Self::LeakyRelu(alpha) => x.clone().compare(Compare::Lt, n(0.0)).select(mul(n(alpha), x.clone()), x),
             Self::Relu => max(x, n(0.0)),
             Self::ScaledTanh(alpha, beta) => mul(n(alpha), mul(n(beta), x).unary(Unary::Tanh)),
             Self::Sigmoid => x.unary(Unary::Sigmoid),
+            // `log(1 + exp(x))`, without overflow.
+            Self::Softplus => {
+                let small = x.clone().unary(Unary::Abs).unary(Unary::Neg).unary(Unary::Exp);
+                add(max(x, n(0.0)), add(n(1.0), small).unary(Unary::Log))
+            }
             Self::Softsign => x.clone().binary(planfile::Binary::Div, add(n(1.0), x.unary(Unary::Abs))),
             Self::Tanh => x.unary(Unary::Tanh),
+            Self::ThresholdedRelu(alpha) => x.clone().compare(Compare::Ge, n(alpha)).select(x, n(0.0)),
         }
     }
 }
 
 /// The functions of all directions, one after the other.
-fn activations(ctx: &Context<'_>, kind: Kind, directions: usize) -> Result<Vec<Activation>, OpError> {
+fn activations(ctx: &Context<'_>, cell: Cell, directions: usize) -> Result<Vec<Activation>, OpError> {
     let names = match ctx.strings("activations")?.filter(|names| !names.is_empty()) {
         Some(names) => names,
-        None => kind.activations().repeat(directions).into_iter().map(str::to_owned).collect(),
+        None => usual(cell).repeat(directions).into_iter().map(str::to_owned).collect(),
     };
-    if names.len() != kind.activations().len() * directions {
+    if names.len() != usual(cell).len() * directions {
         return Err(ctx.invalid(&format!("{} activations for {directions} directions", names.len())));
     }
     // Parameters are listed for those functions alone that have some.
@@ -89,312 +83,149 @@ fn activations(ctx: &Context<'_>, kind: Kind, directions: usize) -> Result<Vec<A
     let mut beta = |default| betas.next().unwrap_or(default);
     let activation = |name: &String| match name.to_ascii_lowercase().as_str() {
         "affine" => Ok(Activation::Affine(alpha(1.0), beta(0.0))),
+        "elu" => Ok(Activation::Elu(alpha(1.0))),
         "hardsigmoid" => Ok(Activation::HardSigmoid(alpha(0.2), beta(0.5))),
         "leakyrelu" => Ok(Activation::LeakyRelu(alpha(0.01))),
         "relu" => Ok(Activation::Relu),
         "scaledtanh" => Ok(Activation::ScaledTanh(alpha(1.0), beta(1.0))),
         "sigmoid" => Ok(Activation::Sigmoid),
+        "softplus" => Ok(Activation::Softplus),
         "softsign" => Ok(Activation::Softsign),
         "tanh" => Ok(Activation::Tanh),
+        "thresholdedrelu" => Ok(Activation::ThresholdedRelu(alpha(1.0))),
         _ => Err(ctx.unsupported(&format!("activation `{name}`; export the layer as single operators"))),
     };
     names.iter().map(activation).collect()
 }
 
-/// One direction of a layer.
-struct Direction {
-    kind: Kind,
-    dtype: DType,
-    hidden: u64,
-    /// `[steps, batch, gates * hidden]`: products of the input, biases added where they commute with the rest.
-    input: ValueId,
-    /// `[gates * hidden, hidden]`
-    weights: ValueId,
-    /// `[gates * hidden]`, added to products of the state; where the reset gate scales these.
-    bias: Option<ValueId>,
-    /// `[3 * hidden]`: of input, output and forget gate.
-    peepholes: Option<ValueId>,
-    activations: Vec<Activation>,
-    clip: Option<f32>,
-    /// `1 - input gate` is the forget gate.
-    coupled: bool,
-}
-
-/// `[batch, hidden]` each.
-#[derive(Clone, Copy)]
-struct State {
-    hidden: ValueId,
-    /// LSTM only.
-    cell: Option<ValueId>,
-}
-
-impl Direction {
-    /// The gate's function `index` of the sum of the operands that `expr` makes.
-    fn gate(&self, ctx: &mut Context<'_>, index: usize, expr: Expr, operands: &[ValueId]) -> Result<ValueId, OpError> {
-        let n = |value: f32| number(self.dtype, f64::from(value));
-        let clipped = match self.clip {
-            Some(limit) => max(n(-limit), min(n(limit), expr)),
-            None => expr,
-        };
-        let activation = self.activations.get(index).copied().unwrap_or(Activation::Tanh);
-        ctx.pointwise(activation.of(clipped, self.dtype), operands)
-    }
-
-    /// Block `gate` of a value whose last axis has them all.
-    fn block(&self, ctx: &mut Context<'_>, value: ValueId, gate: u64) -> Result<ValueId, OpError> {
-        let axis = ctx.rank(value).saturating_sub(1) as u8;
-        ctx.slice_axis(value, axis, gate * self.hidden, self.hidden)
-    }
-
-    fn step(&self, ctx: &mut Context<'_>, step: u64, state: State) -> Result<State, OpError> {
-        let sizes = ctx.sizes(self.input);
-        let x = ctx.slice_axis(self.input, 0, step, 1)?;
-        let x = ctx.reshape(x, &sizes[1..])?;
-        match self.kind {
-            Kind::Rnn => {
-                let product = self.product(ctx, state.hidden, self.weights)?;
-                let hidden = self.gate(ctx, 0, add(Expr::operand(0), Expr::operand(1)), &[x, product])?;
-                Ok(State { hidden, cell: None })
-            }
-            Kind::Gru => self.gru(ctx, x, state.hidden),
-            Kind::Lstm => self.lstm(ctx, x, state),
-        }
-    }
-
-    /// `state · weightsᵀ`
-    fn product(&self, ctx: &mut Context<'_>, state: ValueId, weights: ValueId) -> Result<ValueId, OpError> {
-        let op =
-            Op::Dot { batch: vec![], contract: vec![(1, 1)], accumulate: self.dtype.accumulator(), out: self.dtype };
-        ctx.emit(op, &[state, weights])
-    }
-
-    fn gru(&self, ctx: &mut Context<'_>, x: ValueId, state: ValueId) -> Result<State, OpError> {
-        let sum = || add(Expr::operand(0), Expr::operand(1));
-        let gates = 2 * self.hidden;
-        let (gate_weights, new_weights) =
-            (ctx.slice_axis(self.weights, 0, 0, gates)?, ctx.slice_axis(self.weights, 0, gates, self.hidden)?);
-        let mut product = self.product(ctx, state, gate_weights)?;
-        if let Some(bias) = self.bias {
-            let bias = ctx.slice_axis(bias, 0, 0, gates)?;
-            product = ctx.pointwise(sum(), &[product, bias])?;
-        }
-        let mut gate = |index: u64| {
-            let parts = [self.block(ctx, x, index)?, self.block(ctx, product, index)?];
-            self.gate(ctx, 0, sum(), &parts)
-        };
-        let (update, reset) = (gate(0)?, gate(1)?);
-        let new_x = self.block(ctx, x, 2)?;
-        let new = match self.bias {
-            // The reset gate scales what the state contributes.
-            Some(bias) => {
-                let product = self.product(ctx, state, new_weights)?;
-                let bias = ctx.slice_axis(bias, 0, gates, self.hidden)?;
-                let contribution = mul(Expr::operand(1), add(Expr::operand(2), Expr::operand(3)));
-                self.gate(ctx, 1, add(Expr::operand(0), contribution), &[new_x, reset, product, bias])?
-            }
-            // The reset gate scales the state.
-            None => {
-                let scaled = ctx.pointwise(mul(Expr::operand(0), Expr::operand(1)), &[reset, state])?;
-                let product = self.product(ctx, scaled, new_weights)?;
-                self.gate(ctx, 1, sum(), &[new_x, product])?
-            }
-        };
-        let one = number(self.dtype, 1.0);
-        let mixed = add(mul(sub(one, Expr::operand(0)), Expr::operand(1)), mul(Expr::operand(0), Expr::operand(2)));
-        Ok(State { hidden: ctx.pointwise(mixed, &[update, new, state])?, cell: None })
-    }
-
-    fn lstm(&self, ctx: &mut Context<'_>, x: ValueId, state: State) -> Result<State, OpError> {
-        let Some(cell) = state.cell else { return Err(ctx.invalid("the cell state is missing")) };
-        let product = self.product(ctx, state.hidden, self.weights)?;
-        let sum = |ctx: &mut Context<'_>, gate: u64, function: usize, peephole: Option<(u64, ValueId)>| {
-            let mut operands = vec![self.block(ctx, x, gate)?, self.block(ctx, product, gate)?];
-            let mut expr = add(Expr::operand(0), Expr::operand(1));
-            if let (Some(weights), Some((index, cell))) = (self.peepholes, peephole) {
-                operands.push(ctx.slice_axis(weights, 0, index * self.hidden, self.hidden)?);
-                operands.push(cell);
-                expr = add(expr, mul(Expr::operand(2), Expr::operand(3)));
-            }
-            self.gate(ctx, function, expr, &operands)
-        };
-        let input = sum(ctx, 0, 0, Some((0, cell)))?;
-        let forget = if self.coupled {
-            ctx.pointwise(sub(number(self.dtype, 1.0), Expr::operand(0)), &[input])?
-        } else {
-            sum(ctx, 2, 0, Some((2, cell)))?
-        };
-        let new = sum(ctx, 3, 1, None)?;
-        let kept = mul(Expr::operand(0), Expr::operand(1));
-        let mixed = add(kept, mul(Expr::operand(2), Expr::operand(3)));
-        let next = ctx.pointwise(mixed, &[forget, cell, input, new])?;
-        let output = sum(ctx, 1, 0, Some((1, next)))?;
-        let shown = self.activations.get(2).copied().unwrap_or(Activation::Tanh).of(Expr::operand(1), self.dtype);
-        let hidden = ctx.pointwise(mul(Expr::operand(0), shown), &[output, next])?;
-        Ok(State { hidden, cell: Some(next) })
-    }
-}
-
-/// Row `index` of a parameter with a row per direction.
-fn row_of(ctx: &mut Context<'_>, value: ValueId, index: u64) -> Result<ValueId, OpError> {
-    let sizes = ctx.sizes(value);
-    let part = ctx.slice_axis(value, 0, index, 1)?;
-    ctx.reshape(part, &sizes[1..])
-}
-
-fn direction(
-    ctx: &mut Context<'_>,
-    kind: Kind,
-    x: ValueId,
-    index: u64,
-    activations: &[Activation],
-) -> Result<Direction, OpError> {
-    let dtype = ctx.dtype(x);
-    let (w, r) = (ctx.operand(1)?, ctx.operand(2)?);
-    let (weights, recurrence) = (row_of(ctx, w, index)?, row_of(ctx, r, index)?);
-    let hidden = ctx.sizes(recurrence).get(1).copied().unwrap_or(0);
-    let rows = ctx.count(&[kind.gates(), hidden])?;
-    if ctx.sizes(recurrence) != [rows, hidden] || ctx.sizes(weights).first() != Some(&rows) {
-        return Err(ctx.invalid(&format!("weights are {} and {}", ctx.ty(w), ctx.ty(r))));
-    }
-    let product = Op::Dot { batch: vec![], contract: vec![(2, 1)], accumulate: dtype.accumulator(), out: dtype };
-    let mut input = ctx.emit(product, &[x, weights])?;
-    let scaled = kind == Kind::Gru && ctx.flag("linear_before_reset", false)?;
-    let mut bias = None;
-    if let Some(both) = ctx.optional(3) {
-        let both = row_of(ctx, both, index)?;
-        let of_input = ctx.slice_axis(both, 0, 0, rows)?;
-        let of_state = ctx.slice_axis(both, 0, rows, rows)?;
-        if scaled {
-            bias = Some(of_state);
-            input = ctx.pointwise(add(Expr::operand(0), Expr::operand(1)), &[input, of_input])?;
-        } else {
-            let sum = add(Expr::operand(0), add(Expr::operand(1), Expr::operand(2)));
-            input = ctx.pointwise(sum, &[input, of_input, of_state])?;
-        }
-    } else if scaled {
-        let zero = ctx.scalar(dtype, 0.0);
-        bias = Some(ctx.broadcast(zero, &[rows])?);
-    }
-    let peepholes = match ctx.optional(7).filter(|_| kind == Kind::Lstm) {
-        Some(weights) => Some(row_of(ctx, weights, index)?),
-        None => None,
-    };
-    let functions = kind.activations().len();
-    let activations = activations.iter().copied().skip(index as usize * functions).take(functions).collect();
+/// The functions of all directions of operand 0 in `dtype`, those of gates clipped.
+fn functions(ctx: &Context<'_>, cell: Cell, directions: usize, dtype: DType) -> Result<Vec<Expr>, OpError> {
     let clip = if ctx.has("clip") { Some(ctx.float("clip", 0.0)?) } else { None };
-    let coupled = kind == Kind::Lstm && ctx.flag("input_forget", false)?;
-    Ok(Direction { kind, dtype, hidden, input, weights: recurrence, bias, peepholes, activations, clip, coupled })
+    let n = |value: f32| number(dtype, f64::from(value));
+    let clipped = |x: Expr| match clip {
+        Some(limit) => max(n(-limit), min(n(limit), x)),
+        None => x,
+    };
+    let activations = activations(ctx, cell, directions)?;
+    let function = |(index, activation): (usize, Activation)| {
+        // The last of an LSTM's is of the cell state, not of a gate.
+        let of_state = index % cell.functions() == 2;
+        let x = Expr::operand(0);
+        activation.of(if of_state { x } else { clipped(x) }, dtype)
+    };
+    Ok(activations.into_iter().enumerate().map(function).collect())
 }
 
-/// `yes` for samples whose sequence has not ended at `step`, `no` for the others.
-fn until_end(
+/// Sizes that operands share.
+struct Sizes {
+    directions: u64,
+    batch: u64,
+    hidden: u64,
+    /// Rows of the weights of a direction.
+    rows: u64,
+}
+
+/// The bias that is added to products of the input, `[directions * rows]`, and that which the reset gate scales,
+/// `[directions, hidden]`.
+fn biases(
     ctx: &mut Context<'_>,
-    lengths: Option<ValueId>,
-    step: u64,
-    yes: ValueId,
-    no: ValueId,
-) -> Result<ValueId, OpError> {
-    let Some(lengths) = lengths else { return Ok(yes) };
-    let running = Expr::operand(0).cast(DType::I64).compare(Compare::Gt, Expr::constant(Scalar::i64(step as i64)));
-    ctx.pointwise(running.select(Expr::operand(1), Expr::operand(2)), &[lengths, yes, no])
+    cell: Cell,
+    both: ValueId,
+    sizes: &Sizes,
+) -> Result<(ValueId, Option<ValueId>), OpError> {
+    let &Sizes { directions, hidden, rows, .. } = sizes;
+    if ctx.sizes(both) != [directions, ctx.count(&[2, rows])?] {
+        return Err(ctx.invalid(&format!("the bias is {}, expected [{directions}, 2 * {rows}]", ctx.ty(both))));
+    }
+    let sum = || add(Expr::operand(0), Expr::operand(1));
+    let of_input = ctx.slice_axis(both, 1, 0, rows)?;
+    let of_state = ctx.slice_axis(both, 1, rows, rows)?;
+    let (total, late) = if matches!(cell, Cell::Gru { resets_late: true }) {
+        let gates = rows - hidden;
+        let parts = [ctx.slice_axis(of_input, 1, 0, gates)?, ctx.slice_axis(of_state, 1, 0, gates)?];
+        let first = ctx.pointwise(sum(), &parts)?;
+        let last = ctx.slice_axis(of_input, 1, gates, hidden)?;
+        (ctx.concat(&[first, last], 1)?, Some(ctx.slice_axis(of_state, 1, gates, hidden)?))
+    } else {
+        (ctx.pointwise(sum(), &[of_input, of_state])?, None)
+    };
+    let count = ctx.count(&[directions, rows])?;
+    Ok((ctx.reshape(total, &[count])?, late))
 }
 
-/// An initial state, `[directions, batch, hidden]` (batch first if so laid out), or zeros; `[batch, hidden]`.
+/// An initial state `[directions, batch, hidden]` (batch first if so laid out), or zeros.
 fn initial(
     ctx: &mut Context<'_>,
     given: Option<ValueId>,
-    index: u64,
     batch_first: bool,
-    (dtype, sizes): (DType, [u64; 2]),
+    dtype: DType,
+    sizes: &Sizes,
 ) -> Result<ValueId, OpError> {
     match given {
-        Some(given) => {
-            let given = if batch_first { ctx.transpose(given, &[1, 0, 2])? } else { given };
-            row_of(ctx, given, index)
-        }
+        Some(given) if batch_first && ctx.rank(given) == 3 => ctx.transpose(given, &[1, 0, 2]),
+        Some(given) => Ok(given),
         None => {
             let zero = ctx.scalar(dtype, 0.0);
-            ctx.broadcast(zero, &sizes)
+            ctx.broadcast(zero, &[sizes.directions, sizes.batch, sizes.hidden])
         }
     }
 }
 
-fn recurrent(ctx: &mut Context<'_>, kind: Kind) -> Result<Vec<ValueId>, OpError> {
+fn recurrent(ctx: &mut Context<'_>, cell: Cell) -> Result<Vec<ValueId>, OpError> {
     let batch_first = ctx.int("layout", 0)? != 0;
     let mut x = ctx.operand(0)?;
-    if ctx.rank(x) != 3 || (1..3).any(|index| ctx.optional(index).is_some_and(|w| ctx.rank(w) != 3)) {
+    let (weights, recurrence) = (ctx.operand(1)?, ctx.operand(2)?);
+    if [x, weights, recurrence].iter().any(|&value| ctx.rank(value) != 3) {
         return Err(ctx.invalid("input and weights must have three dimensions"));
     }
     if batch_first {
         x = ctx.transpose(x, &[1, 0, 2])?;
     }
-    let (steps, batch) = (ctx.sizes(x)[0], ctx.sizes(x)[1]);
-    let reversed: &[bool] = match ctx.string("direction", "forward")?.as_str() {
-        "forward" => &[false],
-        "reverse" => &[true],
-        "bidirectional" => &[false, true],
+    let reverse = match ctx.string("direction", "forward")?.as_str() {
+        "forward" => vec![false],
+        "reverse" => vec![true],
+        "bidirectional" => vec![false, true],
         other => return Err(ctx.invalid(&format!("`direction` is `{other}`"))),
     };
-    if steps == 0 || steps > STEPS_MAX {
-        return Err(ctx.unsupported(&format!("{steps} steps; sequences of 1 to {STEPS_MAX} steps are unrolled")));
+    let dtype = ctx.dtype(x);
+    let functions = functions(ctx, cell, reverse.len(), dtype.accumulator())?;
+    let (steps, batch) = (ctx.sizes(x)[0], ctx.sizes(x)[1]);
+    let (directions, hidden) = (reverse.len() as u64, ctx.sizes(recurrence)[2]);
+    let rows = ctx.count(&[cell.gates(), hidden])?;
+    let sizes = Sizes { directions, batch, hidden, rows };
+    if ctx.sizes(recurrence) != [directions, rows, hidden] || ctx.sizes(weights)[..2] != [directions, rows] {
+        return Err(ctx.invalid(&format!("weights are {} and {}", ctx.ty(weights), ctx.ty(recurrence))));
     }
-    let activations = activations(ctx, kind, reversed.len())?;
-    let lengths = match ctx.optional(4) {
-        Some(lengths) => Some(ctx.reshape(lengths, &[batch, 1])?),
-        None => None,
-    };
-    let (mut outputs, mut hiddens, mut cells) = (Vec::new(), Vec::new(), Vec::new());
-    for (index, &backwards) in (0u64..).zip(reversed) {
-        let direction = direction(ctx, kind, x, index, &activations)?;
-        let sizes = [batch, direction.hidden];
-        let ty = (direction.dtype, sizes);
-        let given = (ctx.optional(5), ctx.optional(6).filter(|_| kind == Kind::Lstm));
-        let hidden = initial(ctx, given.0, index, batch_first, ty)?;
-        let cell = if kind == Kind::Lstm { Some(initial(ctx, given.1, index, batch_first, ty)?) } else { None };
-        let mut state = State { hidden, cell };
-        let mut shown = Vec::new();
-        let order: Vec<u64> = if backwards { (0..steps).rev().collect() } else { (0..steps).collect() };
-        for step in order {
-            let next = direction.step(ctx, step, state)?;
-            if ctx.wants(0) {
-                let zero = ctx.scalar(direction.dtype, 0.0);
-                let output = until_end(ctx, lengths, step, next.hidden, zero)?;
-                shown.push(ctx.reshape(output, &[1, 1, batch, direction.hidden])?);
-            }
-            let hidden = until_end(ctx, lengths, step, next.hidden, state.hidden)?;
-            let cell = match (next.cell, state.cell) {
-                (Some(next), Some(last)) => Some(until_end(ctx, lengths, step, next, last)?),
-                _ => None,
-            };
-            state = State { hidden, cell };
-        }
-        if backwards {
-            shown.reverse();
-        }
-        if ctx.wants(0) {
-            outputs.push(ctx.concat(&shown, 0)?);
-        }
-        hiddens.push(ctx.unsqueeze(state.hidden, &[0])?);
-        if let Some(cell) = state.cell {
-            cells.push(ctx.unsqueeze(cell, &[0])?);
-        }
+    let all = ctx.count(&[directions, rows])?;
+    let features = ctx.sizes(weights)[2];
+    let weights = ctx.reshape(weights, &[all, features])?;
+    let product = Op::Dot { batch: vec![], contract: vec![(2, 1)], accumulate: dtype.accumulator(), out: dtype };
+    let mut input = ctx.emit(product, &[x, weights])?;
+    let mut late = None;
+    if let Some(both) = ctx.optional(3) {
+        let (bias, scaled) = biases(ctx, cell, both, &sizes)?;
+        input = ctx.pointwise(add(Expr::operand(0), Expr::operand(1)), &[input, bias])?;
+        late = scaled;
     }
-    let last = |ctx: &mut Context<'_>, parts: &[ValueId]| {
-        let all = ctx.concat(parts, 0)?;
-        if batch_first { ctx.transpose(all, &[1, 0, 2]) } else { Ok(all) }
-    };
-    let hidden = last(ctx, &hiddens)?;
-    let output = if ctx.wants(0) {
-        let all = ctx.concat(&outputs, 1)?;
-        if batch_first { ctx.transpose(all, &[2, 0, 1, 3])? } else { all }
-    } else {
-        hidden
-    };
-    let mut results = vec![output, hidden];
-    if kind == Kind::Lstm {
-        results.push(last(ctx, &cells)?);
+    let input = ctx.reshape(input, &[steps, batch, directions, rows])?;
+    let lstm = matches!(cell, Cell::Lstm { .. });
+    let mut operands = vec![input, recurrence, initial(ctx, ctx.optional(5), batch_first, dtype, &sizes)?];
+    if lstm {
+        operands.push(initial(ctx, ctx.optional(6), batch_first, dtype, &sizes)?);
     }
-    Ok(results)
+    operands.extend(late);
+    let peepholes = ctx.optional(7).filter(|_| lstm);
+    operands.extend(peepholes);
+    let lengths = ctx.optional(4);
+    operands.extend(lengths);
+    let (bias, peepholes, lengths) = (late.is_some(), peepholes.is_some(), lengths.is_some());
+    let results = ctx.emit_all(Op::Recurrence { cell, reverse, functions, bias, peepholes, lengths }, &operands)?;
+    if !batch_first {
+        return Ok(results);
+    }
+    // `[steps, directions, batch, hidden]`, then the states.
+    let permuted = |(position, result)| ctx.transpose(result, if position == 0 { &[2, 0, 1, 3] } else { &[1, 0, 2] });
+    results.into_iter().enumerate().map(permuted).collect()
 }
 
 #[cfg(test)]
@@ -442,7 +273,110 @@ mod tests {
     }
 
     #[test]
-    fn long_sequences_are_refused() {
-        assert!(rnn(4000, &[0.0; 4000]).error().contains("4000 steps"));
+    fn sequences_have_any_length() {
+        let found = rnn(4000, &[1.0; 4000]).outputs(2).run();
+        assert_close(&found[1], &[1, 1, 1], &[2.0]);
+        let found = rnn(0, &[]).without().without().constant(tensor(&[1, 1, 1], &[3f32])).outputs(2).run();
+        assert_close(&found[0], &[0, 1, 1, 1], &[]);
+        assert_close(&found[1], &[1, 1, 1], &[3.0]);
+    }
+
+    /// One direction of each, worked out by hand: all functions are the identity, so that states are sums.
+    #[test]
+    fn directions_biases_and_peepholes() {
+        let identity = |count| crate::flat::Attribute::Strings(vec!["Affine".to_owned(); count]);
+        // Forward: h' = 2x + 1 + 0.5h; backward: h' = 3x + 0.25h - 1.
+        let both = Case::new("RNN", 14).input(tensor(&[2, 1, 1], &[1f32, 2.0]));
+        let both = both.constant(tensor(&[2, 1, 1], &[2f32, 3.0])).constant(tensor(&[2, 1, 1], &[0.5f32, 0.25]));
+        let both = both.constant(tensor(&[2, 2], &[0.25f32, 0.75, 1.0, -2.0])).string("direction", "bidirectional");
+        let found = both.attr("activations", identity(2)).outputs(2).run();
+        assert_close(&found[0], &[2, 2, 1, 1], &[3.0, 3.25, 6.5, 5.0]);
+        assert_close(&found[1], &[2, 1, 1], &[6.5, 3.25]);
+        // Gates of an LSTM: i = 1 + 0.5c, o = 2 + 0.25c', f = 3 + 0.125c, new = 4, from c = 8.
+        let lstm = Case::new("LSTM", 14).input(tensor(&[1, 1, 1], &[1f32]));
+        let lstm = lstm.constant(tensor(&[1, 4, 1], &[1f32, 2.0, 3.0, 4.0])).constant(tensor(&[1, 4, 1], &[0f32; 4]));
+        let lstm = lstm.without().without().without().constant(tensor(&[1, 1, 1], &[8f32]));
+        let lstm = lstm.constant(tensor(&[1, 3], &[0.5f32, 0.25, 0.125])).attr("activations", identity(3)).outputs(3);
+        let found = lstm.clone().run();
+        let cell = (3.0 + 1.0) * 8.0 + (1.0 + 4.0) * 4.0;
+        assert_close(&found[2], &[1, 1, 1], &[cell]);
+        assert_close(&found[0], &[1, 1, 1, 1], &[(2.0 + 0.25 * cell) * cell]);
+        // Coupled: f = 1 - i = -4.
+        assert_close(&lstm.int("input_forget", 1).run()[2], &[1, 1, 1], &[-4.0 * 8.0 + 5.0 * 4.0]);
+    }
+
+    #[test]
+    fn a_gru_resets_before_or_after_its_product() {
+        // z = 0.5, r = 2 + 1 (bias), W = 4 for what is new, biases 5 of the input and 6 of the state, h = 7.
+        let gru =
+            Case::new("GRU", 14).input(tensor(&[1, 1, 1], &[1f32])).constant(tensor(&[1, 3, 1], &[0.5f32, 2.0, 0.0]));
+        let gru = gru.constant(tensor(&[1, 3, 1], &[0f32, 0.0, 4.0]));
+        let gru = gru.constant(tensor(&[1, 6], &[0f32, 0.25, 5.0, 0.0, 0.75, 6.0])).without();
+        let gru = gru.constant(tensor(&[1, 1, 1], &[7f32])).outputs(2);
+        let gru = gru.attr("activations", crate::flat::Attribute::Strings(vec!["Affine".to_owned(); 2]));
+        let early = 5.0 + 6.0 + 4.0 * (3.0 * 7.0);
+        assert_close(&gru.clone().run()[1], &[1, 1, 1], &[0.5 * early + 0.5 * 7.0]);
+        let late = 5.0 + 3.0 * (4.0 * 7.0 + 6.0);
+        assert_close(&gru.int("linear_before_reset", 1).run()[1], &[1, 1, 1], &[0.5 * late + 0.5 * 7.0]);
+    }
+
+    #[test]
+    fn a_layer_is_one_product_and_one_recurrence() {
+        let lstm = Case::new("LSTM", 14).input(tensor(&[100, 2, 3], &[0.5f32; 600]));
+        let lstm = lstm.constant(tensor(&[2, 16, 3], &[0.25f32; 96])).constant(tensor(&[2, 16, 4], &[0.125f32; 128]));
+        let module = lstm.string("direction", "bidirectional").outputs(3).import().unwrap();
+        let count = |name: &str| module.graphs[0].nodes.iter().filter(|node| node.op.name() == name).count();
+        assert_eq!((count("dot"), count("recurrence")), (1, 1));
+    }
+
+    #[test]
+    fn batches_come_first_in_the_other_layout() {
+        let case = Case::new("RNN", 14).input(tensor(&[2, 3, 1], &[1f32, 2.0, 4.0, 8.0, 16.0, 32.0]));
+        let case = case.constant(tensor(&[1, 1, 1], &[1f32])).constant(tensor(&[1, 1, 1], &[0.5f32])).int("layout", 1);
+        let case = case.attr("activations", crate::flat::Attribute::Strings(vec!["Affine".to_owned()]));
+        let found = case.outputs(2).run();
+        assert_close(&found[0], &[2, 3, 1, 1], &[1.0, 2.5, 5.25, 8.0, 20.0, 42.0]);
+        assert_close(&found[1], &[2, 1, 1], &[5.25, 42.0]);
+    }
+
+    #[test]
+    fn functions_with_their_parameters() {
+        let run = |name: &str, alphas: &[f32], betas: &[f32], clip: Option<f32>, x: f32| {
+            let floats = |values: &[f32]| crate::flat::Attribute::Floats(values.to_vec());
+            let case = rnn(1, &[x]).attr("activations", crate::flat::Attribute::Strings(vec![name.to_owned()]));
+            let case = case.attr("activation_alpha", floats(alphas)).attr("activation_beta", floats(betas));
+            let case = if let Some(clip) = clip { case.float("clip", clip) } else { case };
+            case.outputs(2).run()[1].elements::<f32>().unwrap()[0]
+        };
+        for (name, alphas, betas, clip, x, expected) in [
+            ("Affine", &[2.0][..], &[3.0][..], None, 5.0, 13.0),
+            ("Affine", &[2.0], &[3.0], Some(4.0), 5.0, 11.0),
+            ("Affine", &[2.0], &[3.0], Some(4.0), -5.0, -5.0),
+            ("Elu", &[2.0], &[], None, -1.0, 2.0 * (f32::exp(-1.0) - 1.0)),
+            ("HardSigmoid", &[], &[], None, 1.0, 0.7),
+            ("LeakyRelu", &[0.5], &[], None, -3.0, -1.5),
+            ("Relu", &[], &[], None, -3.0, 0.0),
+            ("ScaledTanh", &[2.0], &[0.5], None, 3.0, 2.0 * f32::tanh(1.5)),
+            ("Sigmoid", &[], &[], None, 0.0, 0.5),
+            ("Softplus", &[], &[], None, 1.0, f32::ln(1.0 + f32::exp(1.0))),
+            ("Softplus", &[], &[], None, 200.0, 200.0),
+            ("Softsign", &[], &[], None, -3.0, -0.75),
+            ("ThresholdedRelu", &[2.0], &[], None, 1.5, 0.0),
+            ("ThresholdedRelu", &[2.0], &[], None, 2.5, 2.5),
+        ] {
+            let found = run(name, alphas, betas, clip, x);
+            assert!((found - expected).abs() <= 1e-6 * expected.abs().max(1.0), "{name} of {x}: {found}");
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let unknown = rnn(3, &[0.0; 3]).attr("activations", crate::flat::Attribute::Strings(vec!["Gelu".to_owned()]));
+        assert!(unknown.error().contains("activation `Gelu`"));
+        assert!(rnn(3, &[0.0; 3]).string("direction", "sideways").error().contains("sideways"));
+        assert!(rnn(3, &[0.0; 3]).string("direction", "bidirectional").error().contains("1 activations"));
+        assert!(rnn(3, &[0.0; 3]).constant(tensor(&[1, 3], &[0f32; 3])).error().contains("the bias is"));
+        let lengths = rnn(3, &[0.0; 3]).without().constant(tensor(&[2], &[1i32, 2]));
+        assert!(lengths.error().contains("one for each sample"));
     }
 }

@@ -20,7 +20,7 @@ pub struct ProgramDiff {
     pub counts: BTreeMap<String, (usize, usize)>,
     /// Steps that were removed and added, in order; equal neighbours are one line.
     pub lines: Vec<StepLine>,
-    /// Steps that do the same in another way, by what differs: `places`, `order`, `cost`, `origin`.
+    /// Steps that do the same in another way, by what differs: `places`, `scalars`, `order`, `cost`, `origin`.
     pub details: BTreeMap<&'static str, usize>,
     /// Differences of the program itself.
     pub facts: Vec<String>,
@@ -150,6 +150,7 @@ fn details(before: (&Plan, &Step), after: (&Plan, &Step), counts: &mut BTreeMap<
     };
     let parts = [
         ("places", places(mine) != places(theirs)),
+        ("scalars", mine.action.scalars() != theirs.action.scalars()),
         ("order", (mine.stream, &mine.waits) != (theirs.stream, &theirs.waits)),
         ("cost", mine.cost != theirs.cost),
         ("origin", origin(before) != origin(after)),

@@ -53,7 +53,11 @@ impl<'a> Bounds<'a> {
                 let found = found.ok_or_else(|| format!("state {state} of {}", self.states.len()))?;
                 (*offset, sound_bytes(&found.ty)?)
             }
-            Argument::Extent { .. } | Argument::Epoch | Argument::TensorMap { .. } | Argument::Scalar { .. } => {
+            Argument::Extent { .. }
+            | Argument::Epoch
+            | Argument::TensorMap { .. }
+            | Argument::Scalar { .. }
+            | Argument::Fault { .. } => {
                 return Err("a tensor that is not in memory".to_owned());
             }
         };
@@ -132,7 +136,7 @@ fn offset(at: &Argument) -> u64 {
         | Argument::Peer { offset, .. }
         | Argument::State { offset, .. }
         | Argument::TensorMap { offset, .. } => *offset,
-        Argument::Extent { .. } | Argument::Epoch | Argument::Scalar { .. } => 0,
+        Argument::Extent { .. } | Argument::Epoch | Argument::Scalar { .. } | Argument::Fault { .. } => 0,
     }
 }
 
@@ -143,6 +147,6 @@ pub(super) fn memory_name(at: &Argument) -> &'static str {
         Argument::Weights { .. } => "weight arena",
         Argument::Peer { .. } => "peer arena",
         Argument::State { .. } => "state",
-        Argument::Extent { .. } | Argument::Epoch | Argument::Scalar { .. } => "argument",
+        Argument::Extent { .. } | Argument::Epoch | Argument::Scalar { .. } | Argument::Fault { .. } => "argument",
     }
 }

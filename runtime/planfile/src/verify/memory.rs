@@ -195,7 +195,8 @@ impl<'a> Memory<'a> {
             | Argument::Extent { .. }
             | Argument::Epoch
             | Argument::TensorMap { .. }
-            | Argument::Scalar { .. } => None,
+            | Argument::Scalar { .. }
+            | Argument::Fault { .. } => None,
         }
     }
 }

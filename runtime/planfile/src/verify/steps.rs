@@ -1,6 +1,7 @@
 //! Steps, each for itself: operands and results against kernels, edges, and what a step may overwrite.
 
 use super::bounds::{Bounds, memory_name, range};
+use super::faults;
 use super::kernels::{Facts, InPlace};
 use super::persistent::TaskOrder;
 use super::{At, Report};
@@ -28,6 +29,7 @@ pub(super) fn check(plan: &Plan, index: usize, facts: &[Facts], report: &mut Rep
         let checked = context.step(position, step);
         report.check(At { program: index, step: Some(position) }, checked);
     }
+    faults::check(program, index, report);
 }
 
 struct Context<'a> {
@@ -187,7 +189,8 @@ impl Context<'_> {
             let checked = match scalar {
                 Argument::Scalar { value } => self.bounds.check_table(value),
                 Argument::Extent { extent } => self.bounds.check_extent(*extent),
-                Argument::Epoch => Ok(()),
+                // Fault words are checked together: each belongs to one step.
+                Argument::Epoch | Argument::Fault { .. } => Ok(()),
                 Argument::TensorMap { offset, block } => {
                     let described = operands
                         .iter()

@@ -79,9 +79,19 @@ impl Pinned {
         Ok(Self { gpu: Arc::clone(gpu), pointer, len })
     }
 
+    /// Where the GPU finds it, for kernels to write to.
+    pub(in crate::cuda) fn address(&self) -> Result<Address, CudaError> {
+        let _entered = self.gpu.enter()?;
+        let mut address = 0;
+        // SAFETY: writes one address; the memory was allocated in `zeroed`.
+        let status = unsafe { (self.gpu.driver.cuMemHostGetDevicePointer_v2)(&mut address, self.pointer.cast(), 0) };
+        self.gpu.driver.check("cuMemHostGetDevicePointer", status)?;
+        Ok(address)
+    }
+
     pub(in crate::cuda) fn bytes(&self) -> &[u8] {
         // SAFETY: initialised in `zeroed`; writes by the GPU end before `Stream::wait` returns, as callers of
-        // `download` promise.
+        // `download` and users of `address` promise.
         unsafe { slice::from_raw_parts(self.pointer, self.len) }
     }
 

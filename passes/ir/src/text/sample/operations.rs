@@ -1,7 +1,7 @@
 //! Random operations with operands that fit them.
 
 use planfile::op::{
-    Causal, Coordinates, IndexOrder, NearestRounding, NormKind, PadMode, PoolKind, ReduceKind, ResizeMode, Window,
+    Causal, Cell, Coordinates, IndexOrder, NearestRounding, NormKind, PadMode, PoolKind, ReduceKind, ResizeMode, Window,
 };
 use planfile::{Binary, Compare, DType, Dim, Expr, ExprOp, Op, Real, TensorType, Unary};
 
@@ -57,10 +57,13 @@ pub(crate) fn expr(c: &mut Choices<'_>, operands: &[DType], rank: usize, ranks: 
                 stack.truncate(stack.len() - 2);
                 stack.push(DType::Bool);
             }
-            (7, Some(_)) if pair && stack.len() >= 3 && stack[stack.len() - 3] == DType::Bool => {
+            (7, Some(_)) if stack.len() >= 3 && stack[stack.len() - 3] == DType::Bool => {
+                let yes = stack[stack.len() - 2];
+                if !pair {
+                    ops.push(ExprOp::Cast(yes));
+                }
                 ops.push(ExprOp::Select);
-                let yes = stack.pop().unwrap();
-                stack.truncate(stack.len() - 2);
+                stack.truncate(stack.len() - 3);
                 stack.push(yes);
             }
             (8, _) if rank > 0 => {
@@ -102,8 +105,8 @@ fn window(c: &mut Choices<'_>, spatial: usize) -> (Window, Vec<u64>) {
 }
 
 /// Number of kinds that [`op`] draws from; those from [`COLLECTIVE`] on need ranks.
-pub(super) const KINDS: u64 = 28;
-pub(super) const COLLECTIVE: u64 = 24;
+pub(super) const KINDS: u64 = 29;
+pub(super) const COLLECTIVE: u64 = 25;
 
 /// An operation of this kind with operands that fit it.
 pub(crate) fn op(c: &mut Choices<'_>, kind: u64, ranks: &[u32]) -> (Op, Vec<TensorType>) {
@@ -263,9 +266,10 @@ pub(crate) fn op(c: &mut Choices<'_>, kind: u64, ranks: &[u32]) -> (Op, Vec<Tens
             let x = TensorType::new(dtype, &[b, h, s, 2 * r + c.below(2)]);
             (Op::Rotary { interleaved: c.flag(), rotary: 2 * r }, vec![x, table.clone(), table])
         }
-        24 => (Op::AllReduce { combine: c.combine(), groups: c.groups(ranks) }, vec![x]),
-        25 => (Op::AllGather { axis, groups: c.groups(ranks) }, vec![x]),
-        26 => {
+        24 => recurrence(c),
+        25 => (Op::AllReduce { combine: c.combine(), groups: c.groups(ranks) }, vec![x]),
+        26 => (Op::AllGather { axis, groups: c.groups(ranks) }, vec![x]),
+        27 => {
             let (combine, groups) = (c.combine(), c.groups(ranks));
             let mut x = x;
             x.dims[at] = Dim::Static(sizes[at] * groups[0].len() as u64);
@@ -278,4 +282,28 @@ pub(crate) fn op(c: &mut Choices<'_>, kind: u64, ranks: &[u32]) -> (Op, Vec<Tens
             (Op::AllToAll { split: axis, concat: c.axis(rank), groups }, vec![x])
         }
     }
+}
+
+fn recurrence(c: &mut Choices<'_>) -> (Op, Vec<TensorType>) {
+    let (dtype, [t, b, h]) = (c.float(), std::array::from_fn(|_| c.size()));
+    let coupled = c.flag();
+    let cells = [Cell::Rnn, Cell::Gru { resets_late: false }, Cell::Gru { resets_late: true }, Cell::Lstm { coupled }];
+    let cell = c.pick(&cells);
+    let reverse: Vec<bool> = (0..1 + c.below(2)).map(|_| c.flag()).collect();
+    let (lstm, lengths) = (matches!(cell, Cell::Lstm { .. }), c.flag());
+    let (bias, peepholes) = (c.flag() && matches!(cell, Cell::Gru { resets_late: true }), c.flag() && lstm);
+    let (d, gates) = (reverse.len() as u64, cell.gates() * h);
+    let unary = [Unary::Tanh, Unary::Sigmoid, Unary::Abs];
+    let function = |c: &mut Choices<'_>| {
+        let limit = Expr::constant(c.scalar(dtype.accumulator()));
+        Expr::operand(0).binary(Binary::Min, limit).unary(c.pick(&unary))
+    };
+    let functions = (0..cell.functions() * reverse.len()).map(|_| function(c)).collect();
+    let mut shapes = vec![vec![t, b, d, gates], vec![d, gates, h], vec![d, b, h]];
+    shapes.extend(lstm.then(|| vec![d, b, h]));
+    shapes.extend(bias.then(|| vec![d, h]));
+    shapes.extend(peepholes.then(|| vec![d, 3 * h]));
+    let mut types: Vec<TensorType> = shapes.iter().map(|sizes| TensorType::new(dtype, sizes)).collect();
+    types.extend(lengths.then(|| TensorType::new(c.pick(&[DType::I32, DType::I64]), &[b])));
+    (Op::Recurrence { cell, reverse, functions, bias, peepholes, lengths }, types)
 }
