@@ -357,6 +357,8 @@ def parse_arguments():
     unknown = [name for name in chosen if name not in WORKS]
     if unknown:
         parser.error(f"no work {unknown[0]}; there are {names}")
+    if "bilstm" in chosen and arguments.gpus > 1:
+        parser.error("bilstm has its batch in the second dimension, which is not split; take one GPU")
     arguments.works = [WORKS[name] for name in chosen]
     modes = QUICK_MODES if arguments.quick else MODES
     if arguments.modes:

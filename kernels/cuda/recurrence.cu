@@ -370,7 +370,8 @@ DEVICE void recurrence(const void* x_input, const void* weights_input, const voi
     const bool reverse = is_reverse(direction);
 
     const Element* const x = static_cast<const Element*>(x_input);
-    [[maybe_unused]] const Element* const bias = static_cast<const Element*>(bias_input) + static_cast<Index>(direction) * HIDDEN;
+    [[maybe_unused]] const Element* const bias =
+        static_cast<const Element*>(bias_input) + static_cast<Index>(direction) * HIDDEN;
     [[maybe_unused]] const Element* const peepholes =
         static_cast<const Element*>(peepholes_input) + static_cast<Index>(direction) * (3 * HIDDEN);
     Element* const shown = static_cast<Element*>(shown_output);

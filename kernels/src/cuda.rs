@@ -59,7 +59,7 @@ pub struct Launch {
     pub scalars: Vec<RankScalar>,
     /// Whether the kernel checks indices that it reads: for one that is out of range it writes 1 to its fault word, a
     /// `u32`, and keeps out of memory beyond its operands and results. It never reads the word, nor writes anything
-    /// else there.
+    /// else there. What it may leave unreported is said at [`planfile::plan::Argument::Fault`].
     pub checks: bool,
 }
 

@@ -33,6 +33,7 @@ pub fn samples() -> Vec<Sample> {
     elementwise::windows(&mut list);
     elementwise::products(&mut list);
     epilogues::products(&mut list);
+    epilogues::chains(&mut list);
     epilogues::convolutions(&mut list);
     list.samples
 }

@@ -9,8 +9,9 @@ use planfile::{DType, Tensor, TensorType};
 use crate::error::RuntimeError;
 use crate::memory::allocate;
 
-/// The same inputs for the same seed: floating point uniform in [-1, 1), integers and booleans 0 or 1 (valid as ids
-/// and as masks of any model); inputs that were bound at compile time have those values.
+/// The same inputs for the same seed: floating point uniform in [-1, 1), integers and booleans 0 or 1 (good as masks,
+/// and as indices into all that has two elements: a table of one row refuses 1); inputs that were bound at compile
+/// time have those values.
 ///
 /// # Errors
 /// [`RuntimeError::Memory`] where an input does not fit.

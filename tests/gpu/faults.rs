@@ -10,6 +10,7 @@ use passes::error::PassError;
 use passes::lower::{Assembler, KernelSource};
 use passes::pipeline::{Options, Settings};
 use passes::shard::{MeshChoice, ShardOptions, parse_mesh};
+use planfile::plan::Plan;
 use planfile::{DType, Target, Tensor, write_plan};
 use runtime::cuda::nvrtc::Nvrtc;
 use runtime::{Context, Devices, RuntimeError, Session, StepError, image};
@@ -32,7 +33,7 @@ impl Assembler for Anew {
 }
 
 /// Writes the plan of these lines for a mesh, of one device where it is empty; look-up tables are split.
-fn compile(text: &str, mesh: &str, path: &Path) {
+fn compile(text: &str, mesh: &str, path: &Path) -> Plan {
     let target = Target::from_json(include_str!("../../fixtures/targets/h200x4.json")).unwrap();
     let mesh = if mesh.is_empty() { Mesh::default() } else { parse_mesh(mesh).unwrap() };
     let mesh = MeshChoice::Fixed(mesh);
@@ -45,32 +46,55 @@ fn compile(text: &str, mesh: &str, path: &Path) {
         Ok(image::write(&plan, &NoFiles, |bytes| sink.push(sink.position(), bytes))?)
     })
     .unwrap();
+    plan
 }
 
-/// Where a run failed because of an index: program, step, and the names of its ONNX nodes.
-fn fault(outcome: Outcome) -> (usize, usize, Vec<String>) {
+/// Where a run failed because of an index.
+#[derive(Debug, PartialEq, Eq)]
+struct Found {
+    rank: u32,
+    at: At,
+}
+
+/// The same on all ranks.
+#[derive(Debug, PartialEq, Eq)]
+struct At {
+    program: usize,
+    step: usize,
+    /// ONNX nodes.
+    origin: Vec<String>,
+}
+
+fn fault(outcome: Outcome) -> Found {
     match outcome {
-        Err(RuntimeError::Step { program, step, origin, source, .. }) => {
+        Err(RuntimeError::Step { rank, program, step, origin, source }) => {
             assert!(matches!(source, StepError::OutOfRange | StepError::Cpu(CpuError::Index { .. })), "{source}");
-            (program, step, origin)
+            Found { rank, at: At { program, step, origin } }
         }
         other => panic!("expected an index that is out of range: {other:?}"),
     }
 }
 
-/// Good inputs give what the CPU gives, and bad ones fail where they fail there, in any order and however they are run.
-fn check(text: &str, mesh: &str, node: &str, good: &Inputs, bad: &[Inputs]) {
+/// Fails on the GPU where it fails on the CPU: at `/look`, and on `rank` if one rank alone can find it.
+fn refused(gpu: &mut Context, cpu: &mut Context, inputs: &Inputs, rank: Option<u32>) {
+    let (found, expected) = (fault(gpu.run("main", inputs)), fault(cpu.run("main", inputs)));
+    assert_eq!(found.at.origin, ["/look"]);
+    assert_eq!(found.at, expected.at);
+    if let Some(rank) = rank {
+        assert_eq!((found.rank, expected.rank), (rank, rank));
+    }
+}
+
+/// Good inputs give what the CPU gives, and bad ones fail where they fail there (see [`refused`]), in any order and
+/// however they are run.
+fn check(text: &str, mesh: &str, good: &Inputs, bad: &[Inputs], rank: Option<u32>) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("faults.plan");
     compile(text, mesh, &path);
     let [cpu, gpu] = [Devices::Virtual, Devices::Cuda { ordinals: None }].map(|on| Session::load(&path, on).unwrap());
     let mut cpu = cpu.context().unwrap();
     let expected = cpu.run("main", good).unwrap();
-    let mut refused = |gpu: &mut Context, inputs: &Inputs| {
-        let found = fault(gpu.run("main", inputs));
-        assert_eq!(found.2, [node], "{text}");
-        assert_eq!(found, fault(cpu.run("main", inputs)), "{text}");
-    };
+    let mut refused = |gpu: &mut Context, inputs: &Inputs| refused(gpu, &mut cpu, inputs, rank);
     let agreed = |gpu: &mut Context| {
         let actual = gpu.run("main", good).unwrap();
         let off = actual.iter().zip(&expected).map(|((_, a), (_, b))| error(a, b)).fold(0.0, f64::max);
@@ -98,16 +122,28 @@ fn check(text: &str, mesh: &str, node: &str, good: &Inputs, bad: &[Inputs]) {
     agreed(&mut gpu);
 }
 
-fn inputs(x: Option<(&[u64], usize)>, sizes: &[u64], indices: &[i64]) -> Inputs {
-    let mut inputs = BTreeMap::from([("i".to_owned(), Tensor::from_elements(sizes, indices).unwrap())]);
-    if let Some((sizes, count)) = x {
-        let elements: Vec<f32> = (0..count).map(|element| element as f32 / 8.0 - 1.0).collect();
+/// Indices `i`, and `x` of these sizes if it is an input.
+fn inputs(x: Option<&[u64]>, indices: Tensor) -> Inputs {
+    let mut inputs = BTreeMap::from([("i".to_owned(), indices)]);
+    if let Some(sizes) = x {
+        let elements: Vec<f32> =
+            (0..sizes.iter().product()).map(|element| (element % 1000) as f32 / 8.0 - 1.0).collect();
         inputs.insert("x".to_owned(), Tensor::from_elements(sizes, &elements).unwrap());
     }
     inputs
 }
 
+fn i64s(sizes: &[u64], indices: &[i64]) -> Tensor {
+    Tensor::from_elements(sizes, indices).unwrap()
+}
+
+fn i32s(sizes: &[u64], indices: &[i32]) -> Tensor {
+    Tensor::from_elements(sizes, indices).unwrap()
+}
+
+/// What is no index of ten rows.
 const OUTSIDE: [i64; 5] = [10, -11, 1 << 40, i64::MIN, i64::MAX];
+const OUTSIDE_I32: [i32; 4] = [10, -11, i32::MIN, i32::MAX];
 
 #[test]
 #[ignore = "needs a CUDA GPU of architecture sm_90 and NVRTC"]
@@ -127,16 +163,88 @@ fn indices_out_of_range_are_found() {
             &[3, 1],
         ),
     ];
-    let x = Some((&[10, 4][..], 40));
+    let x = Some(&[10, 4][..]);
     for (lines, sizes) in models {
         let shape: Vec<String> = sizes.iter().map(u64::to_string).collect();
-        let text = format!("%x: f32[10, 4]\n %i: i64[{}]\n {lines}\n return %y", shape.join(", "));
-        let bad = OUTSIDE.map(|index| inputs(x, sizes, &[0, index, 5]));
-        check(&text, "", "/look", &inputs(x, sizes, &[9, -10, 5]), &bad);
+        let text = |dtype| format!("%x: f32[10, 4]\n %i: {dtype}[{}]\n {lines}\n return %y", shape.join(", "));
+        let bad = OUTSIDE.map(|index| inputs(x, i64s(sizes, &[0, index, 5])));
+        check(&text("i64"), "", &inputs(x, i64s(sizes, &[9, -10, 5])), &bad, None);
+        let bad = OUTSIDE_I32.map(|index| inputs(x, i32s(sizes, &[0, index, 5])));
+        check(&text("i32"), "", &inputs(x, i32s(sizes, &[9, -10, 5])), &bad, None);
     }
 }
 
-/// The table is split by rows, and the indices by batch: one rank alone finds the fault, and the others go on.
+/// Either index of a pair may be outside, also so far that an offset made from both would overflow.
+#[test]
+#[ignore = "needs a CUDA GPU of architecture sm_90 and NVRTC"]
+fn pairs_of_indices_out_of_range_are_found() {
+    let models = [
+        "%y = gather_nd %x, %i # /look",
+        "%u: f32[3] = weight random 5\n %y = scatter_nd %x, %i, %u {sum} # /look",
+        "%u: f32[3] = weight random 5\n %y = scatter_nd %x, %i, %u # /look",
+    ];
+    let x = Some(&[10, 4][..]);
+    let pairs = OUTSIDE.into_iter().flat_map(|index| [[index, 0], [index, index], [index, i64::MAX]]);
+    let pairs: Vec<[i64; 2]> = pairs.chain([4, -5, i64::MIN, i64::MAX].map(|index| [9, index])).collect();
+    for lines in models {
+        let text = format!("%x: f32[10, 4]\n %i: i64[3, 2]\n {lines}\n return %y");
+        let bad: Vec<Inputs> = pairs.iter().map(|&[a, b]| inputs(x, i64s(&[3, 2], &[0, 0, 5, 2, a, b]))).collect();
+        check(&text, "", &inputs(x, i64s(&[3, 2], &[9, 3, -10, -4, 5, 0])), &bad, None);
+    }
+}
+
+/// Whole rows of many are read in packs, and the last index of all counts.
+#[test]
+#[ignore = "needs a CUDA GPU of architecture sm_90 and NVRTC"]
+fn the_last_index_of_many_is_found() {
+    const ROWS: u64 = 1 << 20;
+    let text = format!("%x: f32[{ROWS}, 8]\n %i: i64[{ROWS}]\n %y = gather %x, %i {{axis 0}} # /look\n return %y");
+    let with_last = |last: i64| {
+        let mut indices: Vec<i64> = (0..ROWS.cast_signed()).rev().collect();
+        indices[ROWS as usize - 1] = last;
+        inputs(Some(&[ROWS, 8]), i64s(&[ROWS], &indices))
+    };
+    check(&text, "", &with_last(-1), &[ROWS.cast_signed(), i64::MIN].map(with_last), None);
+}
+
+/// No index is one of a table without rows.
+#[test]
+#[ignore = "needs a CUDA GPU of architecture sm_90 and NVRTC"]
+fn all_indices_of_an_empty_table_are_out_of_range() {
+    let models = [
+        ("gather %x, %i {axis 0}", &[3][..]),
+        ("gather_elements %x, %i {axis 0}", &[3, 1]),
+        ("gather_nd %x, %i", &[3, 1]),
+    ];
+    for (line, sizes) in models {
+        let shape: Vec<String> = sizes.iter().map(u64::to_string).collect();
+        let text = format!("%x: f32[0, 4]\n %i: i64[{}]\n %y = {line} # /look\n return %y", shape.join(", "));
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("empty.plan");
+        compile(&text, "", &path);
+        let [mut cpu, mut gpu] = [Devices::Virtual, Devices::Cuda { ordinals: None }]
+            .map(|on| Session::load(&path, on).unwrap().context().unwrap());
+        for indices in [[0; 3], [-1, 0, 1], [i64::MIN, i64::MAX, 0], [0; 3]] {
+            refused(&mut gpu, &mut cpu, &inputs(Some(&[0, 4]), i64s(sizes, &indices)), None);
+        }
+    }
+}
+
+/// What each rank has of the table and of the indices of the one step that checks indices.
+fn local_sizes(text: &str, mesh: &str) -> Vec<Vec<u64>> {
+    let folder = tempfile::tempdir().unwrap();
+    let plan = compile(text, mesh, &folder.path().join("sizes.plan"));
+    let [program] = &plan.programs[..] else { panic!("{} programs", plan.programs.len()) };
+    assert_eq!(program.ranks, [0, 1]);
+    let steps: Vec<usize> = program.faults().map(|(step, _)| step).collect();
+    let [step] = steps[..] else { panic!("steps {steps:?} check indices") };
+    let (operands, _) = program.steps[step].action.places();
+    // Behind them: which indices are of the rank's own rows.
+    operands.iter().take(2).map(|operand| operand.ty.sizes()).collect()
+}
+
+/// With the indices split by batch, one rank alone finds the fault, and the other goes on. With the table split by rows
+/// both find it: an index that is in neither's rows must not be taken for one of the other's.
 #[test]
 #[ignore = "needs 2 CUDA GPUs of architecture sm_90, NCCL and NVRTC"]
 fn indices_out_of_range_on_one_rank_fail_the_run() {
@@ -146,14 +254,16 @@ fn indices_out_of_range_on_one_rank_fail_the_run() {
         %w: f32[8, 6] = weight random 4
         %y = dot %g, %w {contract [1]x[0]} # /product
         return %y";
-    let good = inputs(None, &[4], &[9, -10, 0, 3]);
+    assert_eq!(local_sizes(text, "data=2"), [vec![10, 8], vec![2]]);
+    assert_eq!(local_sizes(text, "tensor=2"), [vec![5, 8], vec![4]]);
+    let good = inputs(None, i64s(&[4], &[9, -10, 0, 3]));
     for place in 0..4 {
         let bad = OUTSIDE.map(|index| {
             let mut indices = [1; 4];
             indices[place] = index;
-            inputs(None, &[4], &indices)
+            inputs(None, i64s(&[4], &indices))
         });
-        check(text, "tensor=2", "/look", &good, &bad);
-        check(text, "data=2", "/look", &good, &bad);
+        check(text, "tensor=2", &good, &bad, None);
+        check(text, "data=2", &good, &bad, Some(place as u32 / 2));
     }
 }

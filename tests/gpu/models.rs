@@ -30,14 +30,17 @@ impl Difference {
         let largest = error(actual, expected);
         let [actual, expected] = [actual, expected].map(to_f64s);
         let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|value| value * value).sum::<f64>().sqrt();
-        let off = norm(&mut actual.iter().zip(&expected).map(|(a, b)| if a == b { 0.0 } else { a - b }));
-        let all = norm(&mut expected.iter().copied());
+        // What both have, NaN and infinities included, is no difference.
+        let same = |a: f64, b: f64| a == b || (a.is_nan() && b.is_nan());
+        let off = norm(&mut actual.iter().zip(&expected).map(|(&a, &b)| if same(a, b) { 0.0 } else { a - b }));
+        let all = norm(&mut expected.iter().copied().filter(|value| value.is_finite()));
         Self { largest, norm: if off == 0.0 { 0.0 } else { off / all.max(f64::MIN_POSITIVE) } }
     }
 
-    /// Of the worse one of each.
+    /// Of the worse one of each; what is no number is worst.
     fn worse(self, other: Self) -> Self {
-        Self { largest: self.largest.max(other.largest), norm: self.norm.max(other.norm) }
+        let worse = |a: f64, b: f64| if a.is_nan() || a > b { a } else { b };
+        Self { largest: worse(self.largest, other.largest), norm: worse(self.norm, other.norm) }
     }
 
     fn exceeds(self, bound: Self) -> bool {

@@ -124,7 +124,8 @@ impl Parameters {
             if shape.cluster > 1 { format!("__cluster_dims__({}, 1, 1) ", shape.cluster) } else { String::new() };
         let source = format!(
             "{SCALAR}\n{BLOCK}\n{}\n{body}\n\
-             extern \"C\" __global__ void {cluster}__launch_bounds__({threads}, {}) {symbol}(\n    {}) {{\n    {call};\n}}\n",
+             extern \"C\" __global__ void {cluster}__launch_bounds__({threads}, {}) {symbol}(\n    {}) {{\n\
+             \x20   {call};\n}}\n",
             unit.text,
             shape.resident,
             parameters.join(",\n    "),

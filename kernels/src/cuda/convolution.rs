@@ -47,7 +47,7 @@ pub(super) fn select(spec: &Spec, options: &Options) -> Option<Selected> {
         return None;
     }
     // The result the same way, then what is done to it.
-    let result = *spec.results.first()?;
+    let &[result] = spec.results.as_slice() else { return None };
     let mut at = value;
     if last {
         let after = spec.nodes.iter().position(|node| node.operands == [value])?;
@@ -204,6 +204,23 @@ mod tests {
         let call = selected(&[&[1, 4, 9], &[6, 4, 3]], vec![node(conv(3, (1, 1), 1), &[0, 1])]).unwrap();
         assert_eq!((call.input_sizes, call.window, call.pads), (vec![1, 9], vec![1, 3], vec![0, 1]));
         assert!(!call.channels_last);
+    }
+
+    #[test]
+    fn what_the_fused_call_does_not_do_is_refused() {
+        let number = |value: f64| Expr::constant(Scalar::from_f64(DType::F16, value));
+        let with = |expr: Expr, sizes: &[u64]| {
+            let dims = sizes.iter().copied().map(Dim::Static).collect();
+            let nodes = vec![node(conv(3, (1, 1), 2), &[0, 1]), node(Op::Pointwise { expr, dims }, &[3, 2])];
+            selected(&[&[2, 4, 5, 5], &[6, 4, 3, 3], &[6, 1, 1]], nodes)
+        };
+        let biased = Expr::operand(0).binary(Binary::Add, Expr::operand(1));
+        assert!(with(biased.clone(), &[2, 6, 5, 5]).is_some());
+        let relu = Expr::operand(0).binary(Binary::Max, number(0.0));
+        assert_eq!(with(relu, &[2, 6, 5, 5]), None, "no bias");
+        let scaled = Expr::operand(0).binary(Binary::Mul, number(0.5)).binary(Binary::Add, Expr::operand(1));
+        assert_eq!(with(scaled, &[2, 6, 5, 5]), None, "a scale");
+        assert_eq!(with(biased, &[3, 2, 6, 5, 5]), None, "broadcast afterwards");
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! What libraries can do to a product before they store it: scale it, add a bias and a residual, cut it off at zero or
 //! take its GELU.
 //!
-//! `max((%product * 0.5 + %bias) + %residual, 0)`, casts between floating-point types included: libraries compute in
-//! `f32` and round once, where the expressions may round between.
+//! `max((%product * 0.5 + %bias) + %residual, 0)`: libraries compute in `f32` and round once, to the type of the result,
+//! where the expressions may round to that type in between, too.
 
 use planfile::plan::Activation;
 use planfile::{Binary, DType, Expr, ExprOp, Op, Spec, TensorType, Unary};
@@ -50,6 +50,7 @@ pub(super) fn epilogue(
     channel: usize,
 ) -> Option<(Epilogue, Vec<usize>)> {
     let &[result] = spec.results.as_slice() else { return None };
+    let dtype = types.get(result as usize)?.dtype;
     let innermost = channel + 1 == types[value as usize].rank();
     // From the result back to the product; all else that is read comes from outside.
     let mut chain = Vec::new();
@@ -73,7 +74,7 @@ pub(super) fn epilogue(
             // What is broadcast is more than the library stores.
             Op::Pointwise { expr, dims } if ty.dims == *dims => {
                 let channel = if innermost { ty.rank().checked_sub(1)? } else { channel };
-                let reader = Reader { spec, product: at, sizes: ty.sizes(), channel };
+                let reader = Reader { spec, product: at, sizes: ty.sizes(), channel, dtype };
                 reader.read(expr, &node.operands, how)?
             }
             _ => return None,
@@ -90,6 +91,8 @@ struct Reader<'a> {
     product: u32,
     sizes: Vec<u64>,
     channel: usize,
+    /// Of what is stored in the end.
+    dtype: DType,
 }
 
 impl Reader<'_> {
@@ -103,7 +106,9 @@ impl Reader<'_> {
                     operand => Term::Input(operand),
                 },
                 ExprOp::Const(scalar) => Term::Constant(scalar.to_f64()),
-                ExprOp::Cast(DType::F16 | DType::BF16 | DType::F32) => stack.pop()?,
+                ExprOp::Cast(DType::F32) => stack.pop()?,
+                // Rounding to another type than the result's is not made up for by rounding the result.
+                ExprOp::Cast(dtype @ (DType::F16 | DType::BF16)) if *dtype == self.dtype => stack.pop()?,
                 ExprOp::Set(slot) => {
                     let slot = usize::from(*slot);
                     slots.resize(slots.len().max(slot + 1), None);
@@ -162,10 +167,12 @@ impl Reader<'_> {
             (Binary::Max, Term::Constant(0.0)) => epilogue.activation = Activation::Relu,
             (Binary::Add, Term::Input(input)) => {
                 let given = self.spec.inputs.get(input as usize)?.sizes();
-                let added = if given == self.sizes && given.len() > 1 {
-                    &mut epilogue.residual
-                } else if is_bias(&given, &self.sizes, self.channel) {
+                let could_be_bias = is_bias(&given, &self.sizes, self.channel);
+                // Of one row, an operand may be either.
+                let added = if could_be_bias && epilogue.bias.is_none() {
                     &mut epilogue.bias
+                } else if given == self.sizes && given.len() > 1 {
+                    &mut epilogue.residual
                 } else {
                     return None;
                 };
@@ -284,5 +291,7 @@ mod tests {
         assert_eq!(read(&[mixed]), None, "two functions of the product");
         let half = gelu(&add(Expr::operand(0), 1).binary(Binary::Mul, n(0.5)));
         assert_eq!(read(&[half]), None, "half of a sum");
+        let rounded = Expr::operand(0).cast(DType::BF16);
+        assert_eq!(read(&[rounded, Expr::operand(0).cast(DType::F32)]), None, "rounded to another type than is stored");
     }
 }

@@ -292,8 +292,8 @@ impl Plan {
         let symbol = symbol(spec);
         let index = if self.wide { "u64" } else { "u32" };
         let source = format!(
-            "{SCALAR}\ntypedef {index} Index;\n\n{SHARED}\nextern \"C\" __global__ void __launch_bounds__({}) {symbol}(\n    \
-             {}) {{\n{body}}}\n",
+            "{SCALAR}\ntypedef {index} Index;\n\n{SHARED}\n\
+             extern \"C\" __global__ void __launch_bounds__({}) {symbol}(\n    {}) {{\n{body}}}\n",
             self.block,
             parameters.join(",\n    "),
         );

@@ -29,7 +29,7 @@ pub(super) fn select(spec: &Spec, options: &Options) -> Option<Selected> {
     used.extend(a_nodes.into_iter().chain(b_nodes));
     let sides = Sides::new(&a, &b, batch, contract)?;
 
-    let result = *spec.results.first()?;
+    let &[result] = spec.results.as_slice() else { return None };
     let sizes = types[value as usize].sizes();
     let mut how = Epilogue::PLAIN;
     // Where each dimension of the product lies in the result.

@@ -48,7 +48,6 @@ impl Machine {
     fn of(architecture: &str) -> Self {
         let number = architecture.trim_start_matches("sm_").trim_end_matches(['a', 'f']);
         let shared = match number {
-            "75" => 64,
             "80" | "87" => 163,
             "90" | "100" | "103" | "110" => 227,
             _ => 99,
@@ -324,9 +323,8 @@ impl Division {
         let cells_bytes = if layer.has_cells() { aligned(samples * units * value) } else { 0 };
         let beside = cells_bytes + aligned(warps * sums * value) + aligned(4 * samples);
         let free = machine.shared_bytes.checked_sub(weights_at.checked_add(beside)?)?;
-        let row_bytes = (free / (gates * units)) / (span * element);
-        let fits =
-            if tensor_cores { row_bytes.saturating_sub(u64::from(row_bytes.is_multiple_of(2))) } else { row_bytes };
+        let room = free / (gates * units) / (span * element);
+        let fits = if tensor_cores { room.saturating_sub(u64::from(room.is_multiple_of(2))) } else { room };
         let resident = fits.min(chunks - held);
         let weight_pitch = if resident == 0 { 0 } else { pitch(resident) };
         let cells_at = weights_at + gates * units * weight_pitch * element;

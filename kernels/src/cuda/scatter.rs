@@ -87,8 +87,8 @@ fn elements(unit: &mut Unit, axis: usize, x: &TensorType, indices: &TensorType) 
     }
     let stride = own[axis].stride;
     unit.text(format_args!(
-        "DEVICE Index update_of(Index outer, Index column, bool& any) {{\n    any = true;\n    Index start = 0;{body}\n    \
-         return start;\n}}\n\
+        "DEVICE Index update_of(Index outer, Index column, bool& any) {{\n    any = true;\n    Index start = 0;{body}\n\
+         \x20   return start;\n}}\n\
          DEVICE i64 target_of(const Where* indices, Index start, Index j) {{\n    \
          const i64 index = indices[start + j * static_cast<Index>({stride}ull)];\n    \
          const i64 target = index < 0 ? index + {targets}ll : index;\n    \
@@ -111,7 +111,7 @@ fn slices(unit: &mut Unit, x: &TensorType, indices: &TensorType) -> Option<Lines
         let _ = write!(
             body,
             "\n    {{ i64 at = indices[j * {depth}u + {level}u]; at = at < 0 ? at + {bound}ll : at; \
-             inside = inside && at >= 0 && at < {bound}ll; target = target * {bound}ll + at; }}"
+             inside = inside && at >= 0 && at < {bound}ll; target = target * {bound}ll + (inside ? at : 0); }}"
         );
     }
     unit.text(format_args!(

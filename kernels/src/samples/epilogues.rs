@@ -15,6 +15,10 @@ struct Follows {
     activation: Option<fn(Expr, DType) -> Expr>,
 }
 
+fn dims(sizes: &[u64]) -> Vec<Dim> {
+    sizes.iter().copied().map(Dim::Static).collect()
+}
+
 fn n(dtype: DType, value: f64) -> Expr {
     Expr::constant(Scalar::from_f64(dtype, value))
 }
@@ -67,7 +71,7 @@ impl Follows {
             .collect();
         inputs.extend(added);
         let last = (inputs.len() + all.len()) as u32;
-        let dims = sizes.iter().copied().map(Dim::Static).collect();
+        let dims = dims(&sizes);
         let operands = std::iter::once(last - 1).chain(outer..outer + extra).collect();
         all.push(SpecNode { op: Op::Pointwise { expr: expr.cast(dtype), dims }, operands });
         Some(Spec { inputs, nodes: all, results: vec![last] })
@@ -95,10 +99,29 @@ pub(super) fn products(list: &mut List) {
             let inputs = vec![ty(dtype, &[m, k]), ty(dtype, &[k, n])];
             list.made(follows.spec(inputs.clone(), std::slice::from_ref(&dot), 1));
             // As exporters write linear layers of sequences: a product of all rows, then its own shape again.
-            let dims = [1, m, n].map(Dim::Static).to_vec();
-            let reshape = SpecNode { op: Op::Reshape { dims }, operands: vec![2] };
+            let reshape = SpecNode { op: Op::Reshape { dims: dims(&[1, m, n]) }, operands: vec![2] };
             list.made(follows.spec(inputs, &[dot, reshape], 2));
         }
+    }
+}
+
+/// A bias in a node of its own, a reshape, then what `follows`: as exporters write a linear layer before its activation.
+pub(super) fn chains(list: &mut List) {
+    let cases: &[(DType, Follows)] = &[
+        (F16, Follows { activation: Some(gelu), ..Follows::default() }),
+        (BF16, Follows { residual: true, activation: Some(relu), ..Follows::default() }),
+        (F32, Follows { residual: true, ..Follows::default() }),
+    ];
+    for &(dtype, follows) in cases {
+        let dot = Op::Dot { batch: vec![], contract: vec![(1, 0)], accumulate: F32, out: dtype };
+        let biased = Expr::operand(0).cast(F32).binary(Binary::Add, Expr::operand(1).cast(F32)).cast(dtype);
+        let nodes = [
+            SpecNode { op: dot, operands: vec![0, 1] },
+            SpecNode { op: Op::Pointwise { expr: biased, dims: dims(&[24, 32]) }, operands: vec![3, 2] },
+            SpecNode { op: Op::Reshape { dims: dims(&[2, 12, 32]) }, operands: vec![4] },
+        ];
+        let inputs = vec![ty(dtype, &[24, 40]), ty(dtype, &[40, 32]), ty(dtype, &[32])];
+        list.made(follows.spec(inputs, &nodes, 2));
     }
 }
 
@@ -136,6 +159,7 @@ mod tests {
     fn libraries_take_what_follows_along() {
         let mut list = List { samples: Vec::new() };
         products(&mut list);
+        chains(&mut list);
         convolutions(&mut list);
         let options = Options { architecture: "sm_90a".to_owned(), allow_tf32: false };
         for (name, spec) in &list.samples {
@@ -143,5 +167,28 @@ mod tests {
             let is_call = matches!(selected, Selected::Library { .. });
             assert_eq!(is_call, spec.inputs[0].dtype != F64, "{name}");
         }
+    }
+
+    /// Whether a library takes `[4, 6]` from `[4, 5]` and `[5, 6]` along with the sum of its reshape and `added`.
+    fn takes_sum(reshaped: &[u64], added: &[u64]) -> bool {
+        let dot = Op::Dot { batch: vec![], contract: vec![(1, 0)], accumulate: F32, out: F32 };
+        let sum = Expr::operand(0).binary(Binary::Add, Expr::operand(1));
+        let nodes = vec![
+            SpecNode { op: dot, operands: vec![0, 1] },
+            SpecNode { op: Op::Reshape { dims: dims(reshaped) }, operands: vec![3] },
+            SpecNode { op: Op::Pointwise { expr: sum, dims: dims(reshaped) }, operands: vec![4, 2] },
+        ];
+        let spec = Spec { inputs: vec![ty(F32, &[4, 5]), ty(F32, &[5, 6]), ty(F32, added)], nodes, results: vec![5] };
+        let options = Options { architecture: "sm_90a".to_owned(), allow_tf32: false };
+        matches!(select(&spec, &options).unwrap().1, Selected::Library { .. })
+    }
+
+    #[test]
+    fn a_bias_goes_along_the_columns_of_the_product() {
+        assert!(takes_sum(&[2, 2, 6], &[6]));
+        assert!(takes_sum(&[2, 12], &[2, 12]));
+        assert!(!takes_sum(&[2, 12], &[12]), "two rows of the product");
+        assert!(!takes_sum(&[4, 2, 3], &[3]), "half of a row");
+        assert!(!takes_sum(&[4, 2, 3], &[2, 3]), "a row, but over two dimensions");
     }
 }

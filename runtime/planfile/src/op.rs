@@ -327,16 +327,19 @@ pub enum Op {
 }
 
 /// What a step of [`Op::Recurrence`] does, with `h` the hidden state, `x` the step's own products in blocks of gates and
-/// `f`, `g`, `s` the functions.
+/// `φ`, `γ`, `σ` the functions.
+///
+/// Source: the ONNX operators RNN, GRU (Cho et al., 2014) and LSTM (Hochreiter and Schmidhuber, 1997; peepholes: Gers and
+/// Schmidhuber, 2000).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Cell {
-    /// `h' = f(x + W·h)`.
+    /// `h' = φ(x + W·h)`.
     Rnn,
-    /// Update, reset, new: `z, r = f(x + W·h)`; `n = g(x + W·(r ∘ h))`, or `g(x + r ∘ (W·h + bias))` if it resets late;
+    /// Update, reset, new: `z, r = φ(x + W·h)`; `n = γ(x + W·(r ∘ h))`, or `γ(x + r ∘ (W·h + bias))` if it resets late;
     /// `h' = (1 - z) ∘ n + z ∘ h`.
     Gru { resets_late: bool },
-    /// Input, output, forget, cell: `i, f = f(x + W·h + p ∘ c)`, `f = 1 - i` if coupled; `c' = f ∘ c + i ∘ g(x + W·h)`;
-    /// `o = f(x + W·h + p ∘ c')`; `h' = o ∘ s(c')`.
+    /// Input, output, forget, cell: `i, f = φ(x + W·h + p ∘ c)`, `f = 1 - i` if coupled; `c' = f ∘ c + i ∘ γ(x + W·h)`;
+    /// `o = φ(x + W·h + p ∘ c')`; `h' = o ∘ σ(c')`.
     Lstm { coupled: bool },
 }
 

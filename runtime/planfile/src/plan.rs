@@ -219,7 +219,12 @@ pub enum Argument {
     },
     /// The address of a `u32` of the step's own, zero before a run, which the kernel makes 1 where an index that it reads
     /// is out of range. The run then fails, with the name of the step. Words are numbered within the program, from 0 on;
-    /// they are in memory of the host that the rank reaches, so that a run without faults has nothing to copy.
+    /// they are in memory of the host that the rank reaches, so that a run without faults has nothing to copy. The last
+    /// scalar of its step.
+    ///
+    /// A kernel reads the indices of what it computes: where a later operation that is fused into it leaves elements
+    /// out, such as a slice or a crop, an index whose element nothing reads may pass unreported. The CPU computes
+    /// every step whole, operation by operation, and reports it.
     Fault {
         word: u32,
     },

@@ -21,7 +21,7 @@ use serde::Serialize;
 
 use super::exit::Failure;
 use super::report::{bytes_text, time_text};
-use super::run::{Data, DeviceFlags, choose_entry, given_inputs, load};
+use super::run::{Data, DeviceFlags, choose_entry, explained, given_inputs, load};
 use crate::cuda::DeviceMemoryReport;
 use crate::{Context, RuntimeError, StepTime};
 
@@ -100,12 +100,12 @@ pub fn bench(
     let inputs = given_inputs(entry, data)?;
     let mut context = session.context_with_threads(devices.threads.unwrap_or_else(|| session.default_threads()))?;
     for _ in 0..flags.warm_up {
-        context.run(&entry.name, &inputs)?;
+        context.run(&entry.name, &inputs).map_err(|error| explained(data, error))?;
     }
     let mut times = Vec::new();
     for _ in 0..flags.runs.get() {
         let start = Instant::now();
-        context.run(&entry.name, &inputs)?;
+        context.run(&entry.name, &inputs).map_err(|error| explained(data, error))?;
         times.push(start.elapsed());
     }
     times.sort_unstable();

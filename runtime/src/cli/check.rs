@@ -8,8 +8,9 @@ use serde::Serialize;
 
 use super::bench::what;
 use super::exit::{Exit, Failure};
-use super::run::{Data, DeviceFlags, choose_entry, given_inputs, load};
+use super::run::{Data, DeviceFlags, choose_entry, explained, given_inputs, load};
 use crate::check::{Checker, Deviation, distance};
+use crate::error::{RuntimeError, StepError};
 use crate::{Devices, Session};
 
 /// Steps that the text shows, the farthest off first.
@@ -81,17 +82,12 @@ pub fn check(
     let mut context = session.context_with_threads(devices.threads.unwrap_or_else(|| session.default_threads()))?;
     let plan = session.plan();
     let mut checker = Checker::new(plan);
-    let mut failed = None;
+    let mut replay = Replay::default();
     let outputs = context.run_recorded(&entry.name, &inputs, &mut |record| {
-        if failed.is_none() {
-            failed = checker.add(record).err();
-        }
+        let at = (record.program, record.step, record.rank);
+        replay.add(at, || checker.add(record));
     });
-    // What the CPU cannot execute either it can explain better: it knows which index is out of range.
-    if let Some(error) = failed {
-        return Err(error.into());
-    }
-    let outputs = outputs?;
+    let outputs = replay.verdict(outputs).map_err(|error| explained(data, error))?;
     let steps: Vec<CheckedStep> = checker.found().map(|(at, found)| checked(plan, at, found)).collect();
     let mut worst = steps.clone();
     worst.sort_by(|a, b| b.largest.total_cmp(&a.largest));
@@ -99,7 +95,8 @@ pub fn check(
         None => Vec::new(),
         Some(reference) => {
             let session = Session::load_file(reference, Devices::Virtual, |_| {})?;
-            let expected = session.context()?.run(&choose_entry(&session, Some(&entry.name))?.name, &inputs)?;
+            let name = &choose_entry(&session, Some(&entry.name))?.name;
+            let expected = session.context()?.run(name, &inputs).map_err(|error| explained(data, error))?;
             let compare = |((name, actual), (_, expected)): (&(String, _), &(String, _))| {
                 let (largest, relative) = distance(actual, expected);
                 CheckedOutput { name: name.clone(), largest, relative }
@@ -117,6 +114,34 @@ pub fn check(
         worst,
         outputs,
     })
+}
+
+/// The first step, in the plan's order and then the ranks', that the CPU cannot execute. Ranks tell of their steps in
+/// an order that differs from run to run.
+#[derive(Default)]
+struct Replay {
+    failed: Option<((usize, usize, u32), RuntimeError)>,
+}
+
+impl Replay {
+    /// Replays the step at this program, step and rank, unless an earlier one has failed.
+    fn add(&mut self, at: (usize, usize, u32), replay: impl FnOnce() -> Result<(), RuntimeError>) {
+        if self.failed.as_ref().is_some_and(|(first, _)| *first < at) {
+            return;
+        }
+        if let Err(error) = replay() {
+            self.failed = Some((at, error));
+        }
+    }
+
+    /// What the run on GPUs gave, or why there is nothing to compare it with. What the CPU cannot execute either it can
+    /// explain better than the GPU: it knows which index is out of range. Other failures of the run are its own.
+    fn verdict<T>(self, outcome: Result<T, RuntimeError>) -> Result<T, RuntimeError> {
+        match (outcome, self.failed) {
+            (Ok(_) | Err(RuntimeError::Step { source: StepError::OutOfRange, .. }), Some((_, error))) => Err(error),
+            (outcome, _) => outcome,
+        }
+    }
 }
 
 fn checked(plan: &Plan, (program, number): (usize, usize), found: Deviation) -> CheckedStep {
@@ -179,5 +204,54 @@ impl CheckReport {
             ));
         }
         text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn failure((program, step, rank): (usize, usize, u32), source: StepError) -> RuntimeError {
+        RuntimeError::Step { rank, program, step, origin: vec![], source }
+    }
+
+    /// The message of a check of steps that the CPU cannot execute, told of in this order.
+    fn message(told: &[(usize, usize, u32)], outcome: Result<(), RuntimeError>) -> Result<(), String> {
+        let mut replay = Replay::default();
+        for &at in told {
+            replay.add(at, || Err(failure(at, StepError::Unsupported { what: "that" })));
+        }
+        replay.verdict(outcome).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn the_first_failure_is_told_in_whatever_order_ranks_come() {
+        let first = message(&[(0, 3, 0)], Ok(())).unwrap_err();
+        assert!(first.starts_with("rank 0, program 0, step 3: that is not executed"), "{first}");
+        for told in [[(0, 3, 0), (0, 3, 1), (1, 0, 0)], [(1, 0, 0), (0, 3, 1), (0, 3, 0)]] {
+            assert_eq!(message(&told, Ok(())), Err(first.clone()));
+            assert_eq!(message(&told, Err(failure((0, 3, 1), StepError::OutOfRange))), Err(first.clone()));
+        }
+    }
+
+    #[test]
+    fn steps_behind_a_failure_are_not_replayed() {
+        let mut replay = Replay::default();
+        replay.add((0, 1, 1), || Err(failure((0, 1, 1), StepError::OutOfRange)));
+        replay.add((0, 2, 0), || panic!("replayed"));
+        let mut replayed = false;
+        replay.add((0, 1, 0), || {
+            replayed = true;
+            Ok(())
+        });
+        assert!(replayed);
+    }
+
+    #[test]
+    fn a_failure_of_the_run_is_not_hidden() {
+        let lost = || failure((0, 9, 0), StepError::Cuda(crate::cuda::CudaError::Abandoned));
+        assert_eq!(message(&[(0, 3, 0)], Err(lost())), Err(lost().to_string()));
+        assert_eq!(message(&[], Err(lost())), Err(lost().to_string()));
+        assert_eq!(message(&[], Ok(())), Ok(()));
     }
 }

@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use comfy_table::Table;
 use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
+use cpu::CpuError;
 use planfile::plan::PlanEntry;
 use planfile::{PlanFile, Tensor};
 use serde::Serialize;
@@ -16,12 +17,16 @@ use super::progress::bytes_bar;
 use super::report::time_text;
 use crate::compare::{Tolerance, compare, to_f64s};
 use crate::cuda::OtherVersion;
+use crate::error::{RuntimeError, StepError};
 use crate::npz::{read_npz, write_npz};
 use crate::tensor_file::TestData;
 use crate::{Devices, Session, random_inputs};
 
 /// Seed of the inputs of runs that bring none.
 const RANDOM_SEED: u64 = 0;
+/// What a run on random inputs says of an index that is out of range.
+const RANDOM_INDICES: &str = "; the inputs were random, integers 0 or 1, which not every model takes as indices: give \
+                              it inputs of its own with --inputs or --test-data";
 
 /// Limits of a comparison.
 #[derive(Clone, Copy, Debug, clap::Args)]
@@ -142,7 +147,7 @@ pub fn run(
     };
     let mut context = session.context_with_threads(flags.threads.unwrap_or_else(|| session.default_threads()))?;
     let start = Instant::now();
-    let outputs = context.run(&entry.name, &inputs)?;
+    let outputs = context.run(&entry.name, &inputs).map_err(|error| explained(data, error))?;
     let seconds = start.elapsed().as_secs_f64();
     if let Some(path) = save {
         write_npz(path, outputs.iter().map(|(name, tensor)| (name.as_str(), tensor)))?;
@@ -188,6 +193,20 @@ pub(super) fn given_inputs(entry: &PlanEntry, data: Data<'_>) -> Result<BTreeMap
         Data::Npz(path) => Ok(read_npz(path)?),
         Data::TestData(data) => by_name(entry, data),
     }
+}
+
+/// A failed run, with what to do about it where it is for want of inputs: random integers may be no indices of the
+/// model.
+pub(super) fn explained(data: Data<'_>, error: RuntimeError) -> Failure {
+    let is_index = matches!(
+        &error,
+        RuntimeError::Step { source: StepError::OutOfRange | StepError::Cpu(CpuError::Index { .. }), .. }
+    );
+    let mut failure = Failure::from(error);
+    if is_index && matches!(data, Data::Random) {
+        failure.message.push_str(RANDOM_INDICES);
+    }
+    failure
 }
 
 /// Test data under the names of the entry's inputs.
@@ -316,6 +335,24 @@ mod tests {
         for part in ["cuBLASLt 0.0.1", "has 13.0.2 (/usr/lib/libcublasLt.so.13)", "PLANWRIGHT_CUBLASLT", "--strict"] {
             assert!(text.contains(part), "{text}");
         }
+    }
+
+    #[test]
+    fn random_inputs_are_told_of_where_an_index_is_out_of_range() {
+        let told = |data, source| {
+            let error = RuntimeError::Step { rank: 0, program: 0, step: 0, origin: vec![], source };
+            let plain = error.to_string();
+            let failure = explained(data, error);
+            assert_eq!(failure.exit, Exit::Invalid);
+            failure.message.strip_prefix(&plain).unwrap().to_owned()
+        };
+        let index = CpuError::Index { op: "gather", axis: 0, index: 1, bound: 1 };
+        for source in [StepError::OutOfRange, index.into()] {
+            let more = told(Data::Random, source.clone());
+            assert!(more.contains("random") && more.contains("--inputs") && more.contains("--test-data"), "{more}");
+            assert_eq!(told(Data::Npz(Path::new("x.npz")), source), "");
+        }
+        assert_eq!(told(Data::Random, StepError::Memory { bytes: 1 }), "");
     }
 
     #[test]

@@ -70,6 +70,7 @@ functions! {
     fn cuModuleGetFunction(*mut Raw, Raw, *const c_char) -> u32;
     fn cuFuncSetAttribute(Raw, c_uint, c_int) -> u32;
     fn cuLaunchKernel(Raw, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, Raw, *mut Raw, *mut Raw) -> u32;
+    optional fn cuFuncGetParamInfo(Raw, usize, *mut usize, *mut usize) -> u32;
 }
 
 impl Driver {

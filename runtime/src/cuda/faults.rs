@@ -42,19 +42,21 @@ impl Faults {
         Ok(self.address + offset.ok_or_else(outside)? as Address)
     }
 
-    /// The first step that marked its word since the last time this was asked. The GPU has nothing to do.
+    /// The first step of these programs that marked its word since the last time this was asked. The GPU has nothing to
+    /// do.
+    ///
+    /// # Errors
+    /// [`CudaError::Contradiction`] where words are marked, and none of them is a step's.
     pub(super) fn take<'a>(
         &mut self,
         programs: impl Iterator<Item = (usize, &'a Program)>,
         rank: u32,
-    ) -> Option<Fault> {
-        let words = self.words.bytes();
-        if words.iter().all(|&byte| byte == 0) {
-            return None;
+    ) -> Result<Option<Fault>, CudaError> {
+        let found = first_marked(self.words.bytes(), programs);
+        if found != Ok(None) {
+            self.words.bytes_mut().fill(0);
         }
-        let found = first_marked(words, programs);
-        self.words.bytes_mut().fill(0);
-        found.map(|(program, step)| Fault { program, step, rank })
+        Ok(found?.map(|(program, step)| Fault { program, step, rank }))
     }
 }
 
@@ -65,15 +67,23 @@ fn most_words(plan: &Plan, rank: u32) -> usize {
 }
 
 /// The first step, in issue order, whose word is marked; with the number of its program.
-fn first_marked<'a>(words: &[u8], mut programs: impl Iterator<Item = (usize, &'a Program)>) -> Option<(usize, usize)> {
+fn first_marked<'a>(
+    words: &[u8],
+    mut programs: impl Iterator<Item = (usize, &'a Program)>,
+) -> Result<Option<(usize, usize)>, CudaError> {
+    if words.iter().all(|&byte| byte == 0) {
+        return Ok(None);
+    }
     let is_marked = |word: u32| {
         let first = (word as usize).saturating_mul(WORD);
         words.get(first..first.saturating_add(WORD)).is_some_and(|word| word.iter().any(|&byte| byte != 0))
     };
-    programs.find_map(|(number, program)| {
+    let found = programs.find_map(|(number, program)| {
         let (step, _) = program.faults().find(|&(_, word)| is_marked(word))?;
         Some((number, step))
-    })
+    });
+    let unowned = || CudaError::contradiction("a kernel marked a fault word that no step of the entry has");
+    found.map(Some).ok_or_else(unowned)
 }
 
 #[cfg(test)]
@@ -109,13 +119,23 @@ mod tests {
             let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
             first_marked(&bytes, std::iter::once((7, &program)))
         };
-        assert_eq!(first([0, 0, 0]), None);
-        assert_eq!(first([0, 1, 0]), Some((7, 4)));
-        assert_eq!(first([1, 1, 1]), Some((7, 1)));
+        assert_eq!(first([0, 0, 0]), Ok(None));
+        assert_eq!(first([0, 1, 0]), Ok(Some((7, 4))));
+        assert_eq!(first([1, 1, 1]), Ok(Some((7, 1))));
     }
 
     #[test]
     fn words_that_are_not_there_are_not_marked() {
-        assert_eq!(first_marked(&[], std::iter::once((0, &program(&[Some(0)])))), None);
+        assert_eq!(first_marked(&[], std::iter::once((0, &program(&[Some(0)])))), Ok(None));
+    }
+
+    #[test]
+    fn a_word_of_no_step_is_a_contradiction() {
+        let bytes: Vec<u8> = [0u32, 1].iter().flat_map(|word| word.to_ne_bytes()).collect();
+        let error = first_marked(&bytes, std::iter::once((0, &program(&[Some(0)])))).unwrap_err();
+        assert!(
+            matches!(&error, CudaError::Contradiction { what } if what.contains("no step of the entry")),
+            "{error}"
+        );
     }
 }

@@ -286,13 +286,19 @@ fn mapped_file(maps: &str, address: usize) -> Option<&str> {
 
 /// Declares a table of a library's functions, opened once for the process by `get`.
 ///
-/// Statuses come back as plain numbers and never as Rust enumerations: a newer library may know more of them.
+/// Statuses come back as plain numbers and never as Rust enumerations: a newer library may know more of them. Functions
+/// that older versions lack come last, as `optional fn`.
 macro_rules! functions {
-    ($table:ident of $library:expr; $first:ident, $(fn $symbol:ident($($argument:ty),* $(,)?) $(-> $result:ty)?;)*) => {
+    (
+        $table:ident of $library:expr; $first:ident,
+        $(fn $symbol:ident($($argument:ty),* $(,)?) $(-> $result:ty)?;)*
+        $(optional fn $newer:ident($($newer_argument:ty),* $(,)?) -> $newer_result:ty;)*
+    ) => {
         #[expect(non_snake_case, reason = "functions are named as in the library")]
         pub(super) struct $table {
             opened: crate::cuda::library::Opened,
             $($symbol: unsafe extern "C" fn($($argument),*) $(-> $result)?,)*
+            $($newer: Option<unsafe extern "C" fn($($newer_argument),*) -> $newer_result>,)*
         }
 
         impl $table {
@@ -300,7 +306,13 @@ macro_rules! functions {
                 let places = crate::cuda::library::Places::of_this_machine($library);
                 let opened = crate::cuda::library::Opened::open($library, &places)?;
                 // SAFETY: each type is the one of the library's header, with enumerations as the integers they are.
-                let mut table = unsafe { Self { $($symbol: opened.function(stringify!($symbol))?,)* opened } };
+                let mut table = unsafe {
+                    Self {
+                        $($symbol: opened.function(stringify!($symbol))?,)*
+                        $($newer: opened.function(stringify!($newer)).ok(),)*
+                        opened,
+                    }
+                };
                 table.opened.locate(table.$first as usize);
                 Ok(table)
             }

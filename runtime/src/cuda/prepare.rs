@@ -196,7 +196,7 @@ impl Rank {
             *size = value.ok_or_else(|| contradiction("a grid is no number of blocks"))?;
         }
         let module = self.session.module(self.rank, *code)?;
-        let function = module.function(symbol, self.session.shared_bytes(kernel))?;
+        let function = module.function(symbol, self.session.shared_bytes(kernel), parameters.len())?;
         Ok(Work::Launch { function, grid, block: launch.block, shared_bytes: launch.shared_bytes, parameters })
     }
 

@@ -226,9 +226,9 @@ impl Rank {
 
     /// The first step of these programs that read an index that is out of range since the last time this was asked.
     /// The GPU has nothing to do.
-    fn take_fault(&mut self, programs: &[PreparedProgram]) -> Option<Fault> {
+    fn take_fault(&mut self, programs: &[PreparedProgram]) -> Result<Option<Fault>, RuntimeError> {
         let described = programs.iter().filter_map(|own| Some((own.program, self.plan.programs.get(own.program)?)));
-        self.faults.take(described, self.rank)
+        self.faults.take(described, self.rank).map_err(|source| RuntimeError::Rank { rank: self.rank, source })
     }
 
     /// Runs a prepared entry on the inputs in `staging`. The first run goes step by step and captures the graphs. A
@@ -239,8 +239,8 @@ impl Rank {
             for program in &mut *programs {
                 rank.upload(program, staging).map_err(at)?;
                 if program.graph.is_none() {
-                    // Libraries load code and connect ranks on first use, which a capture would not allow; and a fault
-                    // is found at its step.
+                    // Libraries load code and connect ranks on first use, which a capture would not allow; and what the
+                    // driver refuses is known by its step. Indices out of range are looked for once all has run.
                     rank.step_by_step(program, None)?;
                     rank.upload(program, staging).map_err(at)?;
                     rank.capture(program)?;
@@ -252,7 +252,7 @@ impl Rank {
                 rank.download(program, staging).map_err(at)?;
             }
             rank.wait()?;
-            Ok(rank.take_fault(programs))
+            rank.take_fault(programs)
         })
     }
 
@@ -272,7 +272,7 @@ impl Rank {
                 rank.download(program, staging).map_err(at)?;
             }
             rank.wait()?;
-            Ok(rank.take_fault(programs))
+            rank.take_fault(programs)
         })
     }
 
@@ -384,7 +384,7 @@ impl Rank {
             }
             // A step alone may find anything where its indices were.
             rank.wait()?;
-            rank.take_fault(programs);
+            rank.take_fault(programs)?;
             Ok(durations)
         })
     }

@@ -63,7 +63,8 @@ impl Work {
     /// The addresses are those of a verified plan in arenas, and these and the libraries' handles stay until the stream
     /// is done.
     pub(super) unsafe fn enqueue(&self, stream: &Stream) -> Result<(), CudaError> {
-        // SAFETY: the caller's promise; each call is within operands and results that the plan's verification covers.
+        // SAFETY: the caller's promise; each call is within operands and results that the plan's verification covers,
+        // and a kernel's parameters were counted when the step was prepared.
         unsafe {
             match self {
                 Self::Launch { function, grid, block, shared_bytes, parameters } => {

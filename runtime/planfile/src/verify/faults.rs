@@ -1,4 +1,5 @@
-//! Fault words: numbered without gaps, and each of one step, so that a marked word names the step that marked it.
+//! Fault words: numbered without gaps, and each of one step, so that a marked word names the step that marked it. That
+//! a step has one word at most, as its last scalar, is checked with its other scalars.
 
 use super::{At, Report};
 use crate::plan::Program;
@@ -19,6 +20,7 @@ pub(super) fn check(program: &Program, index: usize, report: &mut Report) {
 
 #[cfg(test)]
 mod tests {
+    use crate::expr::RankScalar;
     use crate::plan::{Action, Argument, Plan};
     use crate::sample;
     use crate::text::text;
@@ -60,6 +62,25 @@ mod tests {
     #[test]
     fn two_steps_share_no_word() {
         check_refused(&[(0, 0), (3, 0)], "program 0, step #3: shares fault word 0 with step #0");
+    }
+
+    #[test]
+    fn a_step_has_one_word() {
+        check_refused(&[(0, 0), (0, 1)], "program 0, step #0: scalar 0: a fault word before other scalars");
+    }
+
+    #[test]
+    fn a_word_is_the_last_scalar() {
+        let with_scalar = |position: usize| {
+            let mut plan = with(&[(0, 0)]);
+            if let Action::Launch { scalars, .. } = &mut plan.programs[0].steps[0].action {
+                scalars.insert(position, Argument::Scalar { value: RankScalar::Uniform(7) });
+            }
+            verify(&plan).map_err(|findings| findings[0].to_string())
+        };
+        assert_eq!(with_scalar(0), Ok(()));
+        let refused = "program 0, step #0: scalar 0: a fault word before other scalars";
+        assert_eq!(with_scalar(1), Err(refused.to_owned()));
     }
 
     #[test]

@@ -189,6 +189,10 @@ impl Context<'_> {
             let checked = match scalar {
                 Argument::Scalar { value } => self.bounds.check_table(value),
                 Argument::Extent { extent } => self.bounds.check_extent(*extent),
+                // A kernel that checks indices has one parameter for its word, after all others.
+                Argument::Fault { .. } if number + 1 < scalars.len() => {
+                    Err("a fault word before other scalars".to_owned())
+                }
                 // Fault words are checked together: each belongs to one step.
                 Argument::Epoch | Argument::Fault { .. } => Ok(()),
                 Argument::TensorMap { offset, block } => {

@@ -79,7 +79,9 @@ impl Pinned {
         Ok(Self { gpu: Arc::clone(gpu), pointer, len })
     }
 
-    /// Where the GPU finds it, for kernels to write to.
+    /// Where the GPU finds it, for kernels to write to. Who gives the address to a kernel promises that the kernel
+    /// stays within the memory, and that nobody calls [`Self::bytes`] or [`Self::bytes_mut`], or drops the memory,
+    /// between the launch and the return of a [`Stream::wait`] after it.
     pub(in crate::cuda) fn address(&self) -> Result<Address, CudaError> {
         let _entered = self.gpu.enter()?;
         let mut address = 0;
