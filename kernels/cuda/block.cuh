@@ -1,8 +1,8 @@
 // What kernels share whose threads work together: exchanges between lanes and reductions over groups of threads.
 
-/// `x` of the lane whose number differs in the bits of `mask`.
-template <typename T>
-DEVICE T shuffle_xor(T x, int mask) {
+/// `x` after `exchange` has replaced each of its words, of four bytes, by another lane's.
+template <typename T, typename F>
+DEVICE T by_words(T x, F exchange) {
     constexpr int WORDS = (sizeof(T) + 3) / 4;
     union Words {
         u32 words[WORDS];
@@ -11,23 +11,20 @@ DEVICE T shuffle_xor(T x, int mask) {
     } box;
     box.value = x;
 #pragma unroll
-    for (int i = 0; i < WORDS; ++i) box.words[i] = __shfl_xor_sync(0xffffffffu, box.words[i], mask);
+    for (int i = 0; i < WORDS; ++i) box.words[i] = exchange(box.words[i]);
     return box.value;
+}
+
+/// `x` of the lane whose number differs in the bits of `mask`.
+template <typename T>
+DEVICE T shuffle_xor(T x, int mask) {
+    return by_words(x, [&](u32 word) { return __shfl_xor_sync(0xffffffffu, word, mask); });
 }
 
 /// `x` of the lane `distance` before this one; its own in the first lanes.
 template <typename T>
 DEVICE T shuffle_up(T x, int distance) {
-    constexpr int WORDS = (sizeof(T) + 3) / 4;
-    union Words {
-        u32 words[WORDS];
-        T value;
-        DEVICE Words() {}
-    } box;
-    box.value = x;
-#pragma unroll
-    for (int i = 0; i < WORDS; ++i) box.words[i] = __shfl_up_sync(0xffffffffu, box.words[i], distance);
-    return box.value;
+    return by_words(x, [&](u32 word) { return __shfl_up_sync(0xffffffffu, word, distance); });
 }
 
 /// Combines over each group of `THREADS` neighbouring threads, a power of two; all of them get the result, in an

@@ -16,7 +16,7 @@ use super::block::{Only, Shape, Unit};
 use super::generated::function;
 use super::{Launch, Options};
 
-const BODY: &str = include_str!("../../cuda/recurrence.cu");
+const BODY: &str = concat!(include_str!("../../cuda/recurrence.cuh"), "\n", include_str!("../../cuda/recurrence.cu"));
 
 /// Blocks of a cluster that every device with clusters can run.
 const CLUSTER_MAX: u64 = 8;
