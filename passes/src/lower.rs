@@ -49,7 +49,7 @@ pub fn run(scheduled: &Scheduled, target: &Target, assembler: &dyn Assembler) ->
             name: entry.name.clone(),
             inputs: entry.inputs.iter().map(port).collect(),
             outputs: entry.outputs.iter().map(port).collect(),
-            pinned: entry.pinned.clone(),
+            frozen: entry.frozen.clone(),
             programs: (first..programs.len() as u32).collect(),
             predicted_ns: own.flat_map(|program| &program.steps).map(|step| step.cost.predicted_ns).sum(),
         });

@@ -15,5 +15,5 @@ pub use completions::{Shell, completions};
 pub use doctor::{DoctorReport, GpuFinding, LibraryFinding, doctor};
 pub use exit::{Exit, Failure, finish, print};
 pub use progress::{bytes_bar, spinner};
-pub use report::summary_text;
+pub use report::{frozen_text, summary_text};
 pub use run::{Data, DeviceFlags, OutputReport, RunReport, ToleranceFlags, choose_entry, run};

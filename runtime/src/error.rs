@@ -3,6 +3,7 @@
 use cpu::CpuError;
 use planfile::TensorType;
 use planfile::error::PlanError;
+use planfile::frozen::FrozenSummary;
 
 use crate::cuda::{CudaError, LibraryName};
 
@@ -23,10 +24,11 @@ pub enum RuntimeError {
     #[error("input `{name}` must be {expected}, given is {given}; reshape it, or compile the model for that shape")]
     InputShape { name: String, expected: TensorType, given: TensorType },
     #[error(
-        "input `{name}` was bound to other values when the plan was compiled, because shapes depend on it; \
-         give the same values, or compile for these"
+        "input `{}` is frozen at {}: the plan was compiled for that value, which {} for a shape or a branch; given is \
+         {given}: give the frozen value, leave the input out, or compile with `--like` for this one",
+        frozen.input, frozen.value, frozen.reader()
     )]
-    PinnedInput { name: String },
+    FrozenInput { frozen: Box<FrozenSummary>, given: String },
     #[error("{what} takes {bytes} bytes, more than there is memory; use a machine with more of it, or more devices")]
     Memory { what: String, bytes: u64 },
     #[error("the threads of rank {rank} could not be started; use fewer with --threads: {source}")]

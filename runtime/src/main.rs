@@ -33,7 +33,8 @@ enum Command {
         /// Which entry; needed where there are several
         #[arg(long, value_name = "NAME")]
         entry: Option<String>,
-        /// Inputs by name; without them or --test-data, random ones: floating point in [-1, 1), integers 0 or 1
+        /// Inputs by name, frozen ones may be left out; without them or --test-data, random ones: floating point in
+        /// [-1, 1), integers 0 or 1, frozen inputs at their value
         #[arg(long, value_name = "FILE.npz", conflicts_with = "test_data")]
         inputs: Option<PathBuf>,
         /// Where to write the outputs

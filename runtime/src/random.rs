@@ -10,7 +10,7 @@ use crate::error::RuntimeError;
 use crate::memory::allocate;
 
 /// The same inputs for the same seed: floating point uniform in [-1, 1), integers and booleans 0 or 1 (good as masks,
-/// and as indices into all that has two elements: a table of one row refuses 1); inputs that were bound at compile
+/// and as indices into all that has two elements: a table of one row refuses 1); inputs that were frozen at compile
 /// time have those values.
 ///
 /// # Errors
@@ -18,8 +18,8 @@ use crate::memory::allocate;
 pub fn random_inputs(entry: &PlanEntry, seed: u64) -> Result<BTreeMap<String, Tensor>, RuntimeError> {
     let mut inputs = BTreeMap::new();
     for (position, port) in entry.inputs.iter().enumerate() {
-        let tensor = match entry.pinned.iter().find(|(name, _)| *name == port.name) {
-            Some((_, pinned)) => pinned.clone(),
+        let tensor = match entry.frozen.iter().find(|frozen| frozen.input == port.name) {
+            Some(frozen) => frozen.value.clone(),
             None => random(&port.name, &port.ty, SplitMix(seed ^ ((position as u64) << 32)))?,
         };
         inputs.insert(port.name.clone(), tensor);
@@ -69,7 +69,7 @@ fn random(name: &str, ty: &TensorType, mut numbers: SplitMix) -> Result<Tensor, 
 
 #[cfg(test)]
 mod tests {
-    use planfile::plan::PlanPort;
+    use planfile::plan::{FrozenInput, PlanPort};
 
     use super::*;
 
@@ -79,7 +79,12 @@ mod tests {
             name: "main".into(),
             inputs: dtypes.iter().map(port).collect(),
             outputs: vec![],
-            pinned: vec![("u16".into(), Tensor::from_elements(&[1], &[7u16]).unwrap())],
+            frozen: vec![FrozenInput {
+                input: "u16".into(),
+                value: Tensor::from_elements(&[1], &[7u16]).unwrap(),
+                node: "/Reshape".into(),
+                nodes: 1,
+            }],
             programs: vec![],
             predicted_ns: 0,
         }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use planfile::frozen::other_value_text;
 use planfile::plan::{PlanEntry, PlanPort};
 use planfile::{Tensor, TensorType};
 
@@ -11,12 +12,12 @@ fn listed(ports: &[PlanPort]) -> Vec<String> {
     ports.iter().map(|port| format!("`{}` ({})", port.name, port.ty)).collect()
 }
 
-/// The inputs in the order of the entry's ports.
+/// The inputs in the order of the entry's ports; one that is left out has its frozen value, where there is one.
 ///
 /// # Errors
-/// An input that is missing or unknown, of another type or shape, or with other values than it was bound to.
+/// An input that is missing or unknown, of another type or shape, or with another value than it is frozen at.
 pub(crate) fn arrange<'a>(
-    entry: &PlanEntry,
+    entry: &'a PlanEntry,
     given: &'a BTreeMap<String, Tensor>,
 ) -> Result<Vec<&'a Tensor>, RuntimeError> {
     if let Some(name) = given.keys().find(|name| !entry.inputs.iter().any(|port| &port.name == *name)) {
@@ -26,9 +27,10 @@ pub(crate) fn arrange<'a>(
     entry.inputs.iter().map(|port| check(entry, port, given.get(&port.name))).collect()
 }
 
-fn check<'a>(entry: &PlanEntry, port: &PlanPort, tensor: Option<&'a Tensor>) -> Result<&'a Tensor, RuntimeError> {
+fn check<'a>(entry: &'a PlanEntry, port: &PlanPort, tensor: Option<&'a Tensor>) -> Result<&'a Tensor, RuntimeError> {
     let name = || port.name.clone();
-    let Some(tensor) = tensor else {
+    let frozen = entry.frozen.iter().find(|frozen| frozen.input == port.name);
+    let Some(tensor) = tensor.or_else(|| frozen.map(|frozen| &frozen.value)) else {
         let expected = listed(&entry.inputs);
         return Err(RuntimeError::MissingInput {
             entry: entry.name.clone(),
@@ -45,9 +47,12 @@ fn check<'a>(entry: &PlanEntry, port: &PlanPort, tensor: Option<&'a Tensor>) -> 
     if given.sizes() != expected.sizes() || !is_whole(tensor) {
         return Err(RuntimeError::InputShape { name: name(), expected, given });
     }
-    match entry.pinned.iter().find(|(pinned, _)| *pinned == port.name) {
-        Some((_, pinned)) if pinned.data != tensor.data => Err(RuntimeError::PinnedInput { name: name() }),
-        _ => Ok(tensor),
+    match frozen.filter(|frozen| frozen.value.data != tensor.data) {
+        Some(frozen) => Err(RuntimeError::FrozenInput {
+            frozen: Box::new(frozen.into()),
+            given: other_value_text(tensor, &frozen.value),
+        }),
+        None => Ok(tensor),
     }
 }
 
@@ -59,7 +64,7 @@ fn is_whole(tensor: &Tensor) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use planfile::{Buffer, DType};
+    use planfile::{Buffer, DType, FrozenInput};
 
     use super::*;
 
@@ -69,7 +74,7 @@ mod tests {
             name: "main".into(),
             inputs: vec![port("ids", DType::I64, &[2]), port("x", DType::F32, &[1, 2])],
             outputs: vec![],
-            pinned: vec![("ids".into(), ids(&[1, 2]))],
+            frozen: vec![FrozenInput { input: "ids".into(), value: ids(&[1, 2]), node: "/Reshape".into(), nodes: 1 }],
             programs: vec![],
             predicted_ns: 0,
         }
@@ -112,8 +117,17 @@ mod tests {
         assert!(dtype.contains("must be f32[1, 2], given is i64[1]; convert"), "{dtype}");
         let shape = message(&[("x", Some(Tensor::from_elements(&[2], &[0f32; 2]).unwrap()))]);
         assert!(shape.contains("must be f32[1, 2], given is f32[2]; reshape"), "{shape}");
-        let pinned = message(&[("ids", Some(ids(&[1, 3])))]);
-        assert!(pinned.contains("`ids` was bound to other values"), "{pinned}");
+    }
+
+    #[test]
+    fn a_frozen_input_may_be_left_out_but_not_be_another() {
+        let left_out = given(&[("ids", None)]);
+        let entry = entry();
+        assert_eq!(arrange(&entry, &left_out).unwrap()[0].to_i64s().unwrap(), [1, 2]);
+        let other = message(&[("ids", Some(ids(&[1, 3])))]);
+        for part in ["`ids` is frozen at [1, 2]", "`/Reshape`", "given is [1, 3]", "leave the input out", "--like"] {
+            assert!(other.contains(part), "{other}");
+        }
     }
 
     #[test]

@@ -43,7 +43,7 @@ fn negation() -> Plan {
                 name: "main".to_owned(),
                 inputs: vec![port("x")],
                 outputs: vec![port("y")],
-                pinned: vec![],
+                frozen: vec![],
                 programs: vec![0],
                 predicted_ns: 1500,
             }],
@@ -143,6 +143,39 @@ impl Ended {
 
 fn matrix(elements: [f32; 4]) -> Tensor {
     Tensor::from_elements(&[2, 2], &elements).unwrap()
+}
+
+#[test]
+fn frozen_inputs_are_shown_used_and_held() {
+    let desk = Desk::new();
+    let tensor = |elements: &[f32; 4]| Tensor::from_elements(&[2, 2], elements).unwrap();
+    let mut plan = negation();
+    let value = tensor(&[1.0, 2.0, 3.0, 4.0]);
+    plan.manifest.entries[0].frozen =
+        vec![FrozenInput { input: "x".to_owned(), value, node: "/Reshape".to_owned(), nodes: 3 }];
+    write_plan::<PlanError>(&desk.path("x.plan"), &plan, |_| Ok(())).unwrap();
+    let line = "x: f32[2, 2] = [1, 2, 3, 4], which node `/Reshape` and 2 more need";
+    let inspected = desk.plan(&["inspect", "x.plan"]).succeeds();
+    assert!(inspected.contains("frozen inputs") && inspected.contains(line), "{inspected}");
+    let report: Value = serde_json::from_str(&desk.plan(&["inspect", "x.plan", "--json"]).succeeds()).unwrap();
+    let frozen = &report["entries"][0]["frozen"][0];
+    assert_eq!(
+        (&frozen["input"], &frozen["value"], &frozen["nodes"]),
+        (&"x".into(), &"[1, 2, 3, 4]".into(), &3.into())
+    );
+    // Left out with all others, left out of an archive, given as it is, and given as another.
+    let ran = desk.plan(&["run", "x.plan"]).succeeds();
+    assert!(ran.contains("random inputs but for one that is frozen") && ran.contains(line), "{ran}");
+    desk.save("none.npz", &[]);
+    let ran = desk.plan(&["run", "x.plan", "--inputs", "none.npz", "--outputs", "y.npz"]).succeeds();
+    assert!(ran.contains("npz inputs but for one that is frozen") && ran.contains(line), "{ran}");
+    assert_eq!(read_npz(&desk.path("y.npz")).unwrap()["y"], tensor(&[-1.0, -2.0, -3.0, -4.0]));
+    desk.save("same.npz", &[("x", tensor(&[1.0, 2.0, 3.0, 4.0]))]);
+    let ran = desk.plan(&["run", "x.plan", "--inputs", "same.npz"]).succeeds();
+    assert!(!ran.contains("frozen"), "{ran}");
+    desk.save("other.npz", &[("x", tensor(&[1.0, 2.0, 3.0, 5.0]))]);
+    let ended = desk.plan(&["run", "x.plan", "--inputs", "other.npz"]);
+    ended.fails(3, &["`x` is frozen at [1, 2, 3, 4]", "`/Reshape`", "given is [1, 2, 3, 5]", "--like"]);
 }
 
 #[test]

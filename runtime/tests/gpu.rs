@@ -68,7 +68,7 @@ fn product(architecture: &str, version: &str) -> Plan {
                 name: "main".to_owned(),
                 inputs: port("x", &x),
                 outputs: port("y", &y),
-                pinned: vec![],
+                frozen: vec![],
                 programs: vec![0],
                 predicted_ns: 5000,
             }],

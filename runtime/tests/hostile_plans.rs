@@ -68,7 +68,7 @@ fn sum() -> Plan {
                 name: "main".to_owned(),
                 inputs: vec![port("x")],
                 outputs: vec![port("y")],
-                pinned: vec![],
+                frozen: vec![],
                 programs: vec![0],
                 predicted_ns: 1,
             }],

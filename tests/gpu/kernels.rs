@@ -94,7 +94,7 @@ fn plan(samples: &[(String, Spec)], allow_tf32: bool) -> Plan {
             name: index.to_string(),
             inputs: spec.inputs.iter().enumerate().map(|input| port("x", input)).collect(),
             outputs: types.iter().enumerate().map(|output| port("y", output)).collect(),
-            pinned: vec![],
+            frozen: vec![],
             programs: vec![index as u32],
             predicted_ns: 0,
         });

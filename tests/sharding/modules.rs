@@ -229,7 +229,7 @@ impl Drawing {
             name: "main".to_owned(),
             inputs: self.ports,
             outputs: ports,
-            pinned: Vec::new(),
+            frozen: Vec::new(),
             stages: vec![GraphId(0)],
         };
         let module = Module {

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use planfile::{ExtentId, Op, Recipe, SourceFile, Tensor, TensorType, infer};
+use planfile::{ExtentId, FrozenInput, Op, Recipe, SourceFile, TensorType, infer};
 
 use crate::error::IrError;
 use crate::ids::{GraphId, NodeId, StateId, ValueId, WeightId};
@@ -45,8 +45,8 @@ pub struct Entry {
     pub name: String,
     pub inputs: Vec<Port>,
     pub outputs: Vec<Port>,
-    /// Inputs whose values were bound at compile time because shapes depend on them; a run must bring the same values.
-    pub pinned: Vec<(String, Tensor)>,
+    /// Inputs whose values were bound at compile time, because shapes or branches depend on them.
+    pub frozen: Vec<FrozenInput>,
     pub stages: Vec<GraphId>,
 }
 

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use ir::{Graph, Module, ValueDef, ValueId, Weight, WeightId};
-use planfile::{Buffer, Recipe, Source, Tensor, TensorType};
+use planfile::{Buffer, FrozenInput, Recipe, Source, Tensor, TensorType};
 
 use crate::context::OpError;
 use crate::source_files::{FileIndex, WeightFiles};
@@ -26,11 +26,26 @@ pub(crate) struct Builder {
     pub(crate) inputs: Vec<(String, Option<Tensor>)>,
     /// Names that weights have or will have.
     pub(crate) weight_names: BTreeSet<String>,
-    /// Inputs whose samples shapes depend on.
-    pub(crate) pinned: BTreeSet<u32>,
+    /// Inputs whose samples were needed, by number, and who needed them.
+    pub(crate) frozen: BTreeMap<u32, Readers>,
     /// Values computed so far. Looked up, never walked.
-    pub(crate) known: HashMap<ValueId, Tensor>,
+    pub(crate) known: HashMap<ValueId, Known>,
     pub(crate) literals: BTreeMap<Tensor, ValueId>,
+}
+
+/// A value computed now.
+pub(crate) struct Known {
+    tensor: Tensor,
+    /// Numbers of the inputs whose samples decided it.
+    inputs: BTreeSet<u32>,
+}
+
+/// Nodes of the model that need an input's value.
+pub(crate) struct Readers {
+    first: String,
+    /// Of a node that asks more than once, each time counts as one.
+    last: String,
+    count: u32,
 }
 
 impl Builder {
@@ -79,17 +94,39 @@ impl Builder {
         self.graph.add_source(ty, ValueDef::Weight(id))
     }
 
-    /// Names and samples of the inputs that shapes depend on, in the order of the inputs.
-    pub(crate) fn pinned(&self) -> Vec<(String, Tensor)> {
-        let input = |number: &u32| {
-            let (name, sample) = self.inputs.get(*number as usize)?;
-            Some((name.clone(), sample.clone()?))
+    /// Inputs whose samples shapes or branches depend on, in the order of the inputs.
+    pub(crate) fn frozen(&self) -> Vec<FrozenInput> {
+        let input = |(&number, readers): (&u32, &Readers)| {
+            let (name, sample) = self.inputs.get(number as usize)?;
+            let (input, value, node) = (name.clone(), sample.clone()?, readers.first.clone());
+            Some(FrozenInput { input, value, node, nodes: readers.count })
         };
-        self.pinned.iter().filter_map(input).collect()
+        self.frozen.iter().filter_map(input).collect()
     }
 
-    /// The value, computed from weights, samples of inputs, and the nodes added so far. Iterative, each value once.
-    pub(crate) fn constant(&mut self, wanted: ValueId, files: &WeightFiles) -> Result<Tensor, OpError> {
+    /// The value that a node of this name needs now, computed from weights, samples of inputs, and the nodes added so far.
+    pub(crate) fn constant(&mut self, wanted: ValueId, node: &str, files: &WeightFiles) -> Result<Tensor, OpError> {
+        self.evaluate(wanted, files)?;
+        let known = self.known.get(&wanted);
+        let known = known.ok_or_else(|| OpError::Invalid { why: "a shape has no value".to_owned() })?;
+        for &input in &known.inputs {
+            match self.frozen.get_mut(&input) {
+                Some(readers) if readers.last == node => {}
+                Some(readers) => {
+                    node.clone_into(&mut readers.last);
+                    readers.count += 1;
+                }
+                None => {
+                    let readers = Readers { first: node.to_owned(), last: node.to_owned(), count: 1 };
+                    self.frozen.insert(input, readers);
+                }
+            }
+        }
+        Ok(known.tensor.clone())
+    }
+
+    /// Makes the value known. Iterative, each value once.
+    fn evaluate(&mut self, wanted: ValueId, files: &WeightFiles) -> Result<(), OpError> {
         let mut stack = vec![wanted];
         while let Some(&value) = stack.last() {
             if self.known.contains_key(&value) {
@@ -98,7 +135,11 @@ impl Builder {
             }
             let ValueDef::Node(id, _) = self.graph.value(value).def else {
                 let tensor = self.source(value, files)?;
-                self.known.insert(value, tensor);
+                let input = match self.graph.value(value).def {
+                    ValueDef::Input(number) => Some(number),
+                    _ => None,
+                };
+                self.known.insert(value, Known { tensor, inputs: input.into_iter().collect() });
                 continue;
             };
             let node = self.graph.node(id);
@@ -111,7 +152,9 @@ impl Builder {
             for &result in &node.results {
                 check_limit(self.graph.ty(result))?;
             }
-            let operands: Vec<&Tensor> = node.operands.iter().filter_map(|operand| self.known.get(operand)).collect();
+            let operands: Vec<&Known> = node.operands.iter().filter_map(|operand| self.known.get(operand)).collect();
+            let inputs: BTreeSet<u32> = operands.iter().flat_map(|known| known.inputs.iter().copied()).collect();
+            let operands: Vec<&Tensor> = operands.into_iter().map(|known| &known.tensor).collect();
             let results = cpu::evaluate(&node.op, &operands)
                 .map_err(|error| OpError::Invalid { why: format!("cannot compute a shape: {error}") })?;
             let names = node.results.clone();
@@ -119,19 +162,17 @@ impl Builder {
                 let why = format!("{} gave {} results, not {}", node.op.name(), results.len(), names.len());
                 return Err(OpError::Invalid { why });
             }
+            let results = results.into_iter().map(|tensor| Known { tensor, inputs: inputs.clone() });
             self.known.extend(names.into_iter().zip(results));
         }
-        self.known.get(&wanted).cloned().ok_or_else(|| OpError::Invalid { why: "a shape has no value".to_owned() })
+        Ok(())
     }
 
     /// The value of something that no node defines.
-    fn source(&mut self, value: ValueId, files: &WeightFiles) -> Result<Tensor, OpError> {
+    fn source(&self, value: ValueId, files: &WeightFiles) -> Result<Tensor, OpError> {
         match self.graph.value(value).def {
             ValueDef::Input(number) => match self.inputs.get(number as usize) {
-                Some((_, Some(sample))) => {
-                    self.pinned.insert(number);
-                    Ok(sample.clone())
-                }
+                Some((_, Some(sample))) => Ok(sample.clone()),
                 Some((name, None)) => Err(OpError::DataDependent { input: name.clone() }),
                 None => Err(OpError::Invalid { why: format!("there is no input {number}") }),
             },

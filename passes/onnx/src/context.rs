@@ -184,9 +184,9 @@ impl<'a> Context<'a> {
 
     // --- values known at compile time -------------------------------------------------------------------------------
 
-    /// The value, computed now. Inputs with a sample count as known and are recorded as pinned.
+    /// The value, computed now. Inputs with a sample count as known and are recorded as frozen.
     pub(crate) fn constant(&mut self, value: ValueId) -> Result<Tensor, OpError> {
-        self.builder.constant(value, self.files)
+        self.builder.constant(value, &self.node.name, self.files)
     }
 
     /// Elements of an integer value, computed now, row-major.

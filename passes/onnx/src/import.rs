@@ -76,12 +76,12 @@ pub(crate) fn attempt(model: &Model, bindings: &Bindings, weights: &WeightFiles)
 
 /// Puts graph and signature into the module.
 fn finish(builder: Builder, inputs: Vec<Port>, outputs: Vec<(String, ValueId)>) -> Module {
-    let pinned = builder.pinned();
+    let frozen = builder.frozen();
     let Builder { mut module, mut graph, .. } = builder;
     graph.outputs = (0..).zip(&outputs).map(|(position, (_, value))| Output { position, value: *value }).collect();
     let outputs = outputs.into_iter().map(|(name, value)| Port { name, ty: graph.ty(value).clone() }).collect();
     module.graphs.push(graph);
-    module.entries.push(Entry { name: "main".to_owned(), inputs, outputs, pinned, stages: vec![GraphId(0)] });
+    module.entries.push(Entry { name: "main".to_owned(), inputs, outputs, frozen, stages: vec![GraphId(0)] });
     module
 }
 
@@ -422,5 +422,25 @@ mod tests {
         }
         let text = branch("given").error();
         assert!(text.contains("If (opset 20)") && text.contains("input `given`"), "{text}");
+    }
+
+    #[test]
+    fn inputs_whose_samples_decide_shapes_or_branches_are_frozen() {
+        let mut case = case(vec![
+            node("Neg", 20, &["n"], &["minus"]),
+            node("Neg", 20, &["minus"], &["again"]),
+            node("Expand", 20, &["x0", "again"], &["a"]),
+            node("Expand", 20, &["a", "again"], &["y"]),
+        ]);
+        case.graph.nodes[3].name = "/Expand_1".to_owned();
+        for (name, value) in [("n", 2i64), ("unused", 1)] {
+            let sample = tensor(&[1], &[value]);
+            case.graph.inputs.push(info(name, elem_type(&sample), Some(vec![flat::DimSpec::Value(1)])));
+            case.bindings.samples.insert(name.to_owned(), sample);
+        }
+        let module = case.import().unwrap();
+        let [frozen] = module.entries[0].frozen.as_slice() else { panic!("one input is frozen") };
+        assert_eq!((frozen.input.as_str(), frozen.value.to_i64s()), ("n", Some(vec![2])));
+        assert_eq!((frozen.node.as_str(), frozen.nodes), ("/Expand", 2));
     }
 }

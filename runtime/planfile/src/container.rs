@@ -20,7 +20,7 @@ use crate::error::PlanError;
 /// Not text, and damaged by transfers that take it for text.
 pub const MAGIC: [u8; 8] = *b"\x89plan\r\n\x1a";
 /// Version of the format that this crate writes, and the only one that it reads.
-pub const FORMAT_VERSION: u32 = 4;
+pub const FORMAT_VERSION: u32 = 5;
 /// Bytes of the body that one hash covers.
 pub const CHUNK_BYTES: u64 = 16 << 20;
 /// Alignment of sections in the file.

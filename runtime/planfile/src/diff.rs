@@ -11,6 +11,7 @@ use std::fmt::Write;
 use serde::Serialize;
 
 use crate::error::PlanError;
+use crate::frozen::{FrozenInput, FrozenSummary};
 use crate::plan::{Kernel, Manifest, PlacedWeight, Plan, PlanEntry, PlanPort};
 use crate::reader::PlanFile;
 use crate::summary::memory;
@@ -180,15 +181,14 @@ fn signatures(plan: &Plan) -> Facts {
             let port = |port: &PlanPort| fact(format!("{} {what} {}", entry.name, port.name), port.ty.to_string());
             ports.iter().map(port).collect()
         };
-        let pinned = |(name, value): &(String, crate::tensor::Tensor)| {
-            let text =
-                value.to_i64s().map_or_else(|| value.ty.to_string(), |values| format!("{} {values:?}", value.ty));
-            fact(format!("{} pinned {name}", entry.name), text)
+        let frozen = |frozen: &FrozenInput| {
+            let FrozenSummary { input, ty, value, node, .. } = FrozenSummary::from(frozen);
+            fact(format!("{} frozen {input}", entry.name), format!("{ty} = {value}, for `{node}`"))
         };
         let mut facts = vec![fact(&entry.name, format!("{} stages", entry.programs.len()))];
         facts.extend(named("input", &entry.inputs));
         facts.extend(named("output", &entry.outputs));
-        facts.extend(entry.pinned.iter().map(pinned));
+        facts.extend(entry.frozen.iter().map(frozen));
         facts
     };
     plan.manifest.entries.iter().flat_map(ports).collect()

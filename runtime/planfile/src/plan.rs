@@ -8,9 +8,9 @@ use serde::{Deserialize, Serialize};
 pub use crate::call::{Activation, Call, Convolution, Matmul, Matrix};
 use crate::expr::RankScalar;
 use crate::fingerprint::Fingerprint;
+pub use crate::frozen::FrozenInput;
 use crate::op::Op;
 use crate::spec::{Recipe, SourceFile, Spec};
-use crate::tensor::Tensor;
 use crate::types::{ExtentId, TensorType};
 
 /// A whole plan but for the bytes of its weights, which stay in the file.
@@ -81,8 +81,8 @@ pub struct PlanEntry {
     pub name: String,
     pub inputs: Vec<PlanPort>,
     pub outputs: Vec<PlanPort>,
-    /// Inputs bound at compile time: a run must bring these values.
-    pub pinned: Vec<(String, Tensor)>,
+    /// Inputs whose values were bound at compile time.
+    pub frozen: Vec<FrozenInput>,
     /// The programs of its stages, in order, by index.
     pub programs: Vec<u32>,
     /// Of one run, over all stages.

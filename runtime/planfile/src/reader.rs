@@ -282,7 +282,7 @@ mod tests {
         bytes[8..12].copy_from_slice(&7u32.to_le_bytes());
         bytes[12..64].fill(0xff);
         let newer = check(&path, &bytes).unwrap_err().to_string();
-        assert_eq!(newer, "the plan has format version 7, this program reads version 4; update this program");
+        assert_eq!(newer, "the plan has format version 7, this program reads version 5; update this program");
         bytes[8..12].fill(0);
         assert!(check(&path, &bytes).unwrap_err().to_string().contains("compile the model again"));
         bytes[1] = b'P';

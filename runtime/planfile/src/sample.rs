@@ -69,7 +69,7 @@ pub(crate) fn plan() -> Plan {
                 name: "main".to_owned(),
                 inputs: vec![PlanPort { name: "x".to_owned(), ty: f32s(&[2, 8]) }],
                 outputs: vec![PlanPort { name: "y".to_owned(), ty: f32s(&[2, 4]) }],
-                pinned: vec![],
+                frozen: vec![],
                 programs: vec![0],
                 predicted_ns: 6000,
             }],

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
+use crate::frozen::FrozenSummary;
 use crate::plan::{Action, Manifest, Plan, PlanAxis, PlanEntry, PlanPort, Program};
 
 /// What a plan is and needs.
@@ -44,6 +45,8 @@ pub struct EntrySummary {
     pub name: String,
     pub inputs: Vec<PortSummary>,
     pub outputs: Vec<PortSummary>,
+    /// Inputs whose values were bound at compile time, because shapes or branches depend on them.
+    pub frozen: Vec<FrozenSummary>,
     pub predicted_ns: u64,
     pub stages: Vec<StageSummary>,
 }
@@ -110,6 +113,7 @@ fn entry_summary(plan: &Plan, entry: &PlanEntry) -> EntrySummary {
         name: entry.name.clone(),
         inputs: ports(&entry.inputs),
         outputs: ports(&entry.outputs),
+        frozen: entry.frozen.iter().map(FrozenSummary::from).collect(),
         predicted_ns: entry.predicted_ns,
         stages: programs.map(stage_summary).collect(),
     }

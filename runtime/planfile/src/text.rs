@@ -6,6 +6,7 @@ use std::fmt::{self, Display, Write};
 
 use crate::container::FORMAT_VERSION;
 use crate::expr::{Expr, ExprOp, Scalar};
+use crate::frozen::FrozenSummary;
 use crate::infer::infer;
 use crate::op::Op;
 use crate::plan::{
@@ -39,8 +40,8 @@ fn write_plan(out: &mut String, plan: &Plan) -> fmt::Result {
         for port in &entry.inputs {
             writeln!(out, "  input {} {}", port.name, port.ty)?;
         }
-        for (name, value) in &entry.pinned {
-            writeln!(out, "  pinned {name} {}", value.ty)?;
+        for frozen in &entry.frozen {
+            writeln!(out, "  frozen {}", FrozenSummary::from(frozen).text())?;
         }
         for port in &entry.outputs {
             writeln!(out, "  output {} {}", port.name, port.ty)?;

@@ -97,7 +97,7 @@ impl From<RuntimeError> for Failure {
             | RuntimeError::UnknownInput { .. }
             | RuntimeError::InputDType { .. }
             | RuntimeError::InputShape { .. }
-            | RuntimeError::PinnedInput { .. }
+            | RuntimeError::FrozenInput { .. }
             | RuntimeError::Memory { .. }
             | RuntimeError::Threads { .. } => Exit::Invalid,
         };

@@ -2,6 +2,7 @@
 
 use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
 use comfy_table::{CellAlignment, Table};
+use planfile::frozen::FrozenSummary;
 use planfile::summary::{DeviceMemory, EntrySummary, PortSummary, Summary};
 
 /// What a plan is and needs: signature, mesh, memory per device, steps, predicted time.
@@ -33,12 +34,22 @@ fn signature(entry: &EntrySummary) -> String {
     let ports =
         |ports: &[PortSummary]| ports.iter().map(|port| format!("  {}: {}\n", port.name, port.ty)).collect::<String>();
     format!(
-        "\nentry {}, {} predicted\n inputs\n{} outputs\n{}",
+        "\nentry {}, {} predicted\n inputs\n{}{} outputs\n{}",
         entry.name,
         time_text(entry.predicted_ns as f64),
         ports(&entry.inputs),
+        frozen_text(&entry.frozen),
         ports(&entry.outputs)
     )
+}
+
+/// The inputs that have one value for good, and why.
+pub fn frozen_text(frozen: &[FrozenSummary]) -> String {
+    if frozen.is_empty() {
+        return String::new();
+    }
+    let lines: String = frozen.iter().map(|frozen| format!("  {}\n", frozen.text())).collect();
+    format!(" frozen inputs: shapes or branches depend on their values; a run gives the same ones, or none\n{lines}")
 }
 
 fn table(header: &[&str]) -> Table {
@@ -154,6 +165,13 @@ mod tests {
                 name: "main".into(),
                 inputs: vec![port("ids", "i64[1, 8]")],
                 outputs: vec![port("y", "f32[8]")],
+                frozen: vec![FrozenSummary {
+                    input: "ids".into(),
+                    ty: "i64[1, 8]".into(),
+                    value: "[1, 2]".into(),
+                    node: "/Reshape".into(),
+                    nodes: 3,
+                }],
                 predicted_ns: 12_345,
                 stages: vec![stage],
             }],
@@ -172,6 +190,7 @@ mod tests {
         line(&["m for cpu", "3 devices: tensor=3"]);
         line(&["entry main, 12.3 µs predicted"]);
         line(&["ids: i64[1, 8]"]);
+        line(&["ids: i64[1, 8] = [1, 2], which node `/Reshape` and 2 more need"]);
         line(&["0-2", "all_reduce", "2", "4.0 KiB"]);
         line(&["0-1", "2.0 KiB"]);
         line(&["2", "512 B"]);

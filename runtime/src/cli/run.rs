@@ -8,6 +8,7 @@ use std::time::Instant;
 use comfy_table::Table;
 use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
 use cpu::CpuError;
+use planfile::frozen::FrozenSummary;
 use planfile::plan::PlanEntry;
 use planfile::{PlanFile, Tensor};
 use serde::Serialize;
@@ -83,6 +84,8 @@ pub struct RunReport {
     pub devices: String,
     /// `random`, `npz` or `test data`.
     pub inputs: &'static str,
+    /// Inputs that were not given and have a value of the plan's own.
+    pub frozen: Vec<FrozenSummary>,
     pub seconds: f64,
     pub outputs: Vec<OutputReport>,
 }
@@ -140,6 +143,8 @@ pub fn run(
     let (session, devices) = load(file, flags)?;
     let entry = choose_entry(&session, entry)?;
     let inputs = given_inputs(entry, data)?;
+    let is_frozen = |input: &str| matches!(data, Data::Random) || !inputs.contains_key(input);
+    let frozen = entry.frozen.iter().filter(|frozen| is_frozen(&frozen.input)).map(FrozenSummary::from).collect();
     let (references, kind) = match data {
         Data::Random => (&[][..], "random"),
         Data::Npz(_) => (&[][..], "npz"),
@@ -157,7 +162,7 @@ pub fn run(
     };
     let outputs = outputs.iter().enumerate().map(report).collect();
     let devices = devices.to_string();
-    Ok(RunReport { entry: entry.name.clone(), devices, inputs: kind, seconds, outputs })
+    Ok(RunReport { entry: entry.name.clone(), devices, inputs: kind, frozen, seconds, outputs })
 }
 
 /// Loads a plan, with a progress bar, and says where.
@@ -294,7 +299,13 @@ impl RunReport {
         }
         let time = time_text(self.seconds * 1e9);
         let devices = if self.devices == "cpu" { "virtual devices" } else { &self.devices };
-        format!("ran `{}` on {devices} with {} inputs in {time}\n{table}\n", self.entry, self.inputs)
+        let but = match self.frozen.len() {
+            0 => "",
+            1 => " but for one that is frozen",
+            _ => " but for those that are frozen",
+        };
+        let frozen: String = self.frozen.iter().map(|frozen| format!("frozen {}\n", frozen.text())).collect();
+        format!("ran `{}` on {devices} with {} inputs{but} in {time}\n{frozen}{table}\n", self.entry, self.inputs)
     }
 }
 
@@ -311,7 +322,14 @@ mod tests {
     fn report(actual: &[f32], expected: Option<&[f32]>) -> RunReport {
         let expected = expected.map(vector);
         let output = output_report("y", &vector(actual), expected.as_ref(), TOLERANCE);
-        RunReport { entry: "main".into(), devices: "cpu".into(), inputs: "random", seconds: 0.5, outputs: vec![output] }
+        RunReport {
+            entry: "main".into(),
+            devices: "cpu".into(),
+            inputs: "random",
+            frozen: vec![],
+            seconds: 0.5,
+            outputs: vec![output],
+        }
     }
 
     #[test]

@@ -49,7 +49,7 @@ fn plan(ranks: u32, inputs: &[(&str, TensorType)], output: TensorType, programs:
                 name: "main".to_owned(),
                 inputs: ports(inputs),
                 outputs: ports(&[("y", output)]),
-                pinned: vec![],
+                frozen: vec![],
                 programs: (0..programs.len() as u32).collect(),
                 predicted_ns: 0,
             }],

@@ -1,6 +1,6 @@
 //! From text to modules.
 
-use planfile::{SourceFile, Tensor};
+use planfile::{FrozenInput, SourceFile, Tensor};
 
 use super::cursor::{Cursor, Mark, integer};
 use super::lexer::Kind;
@@ -89,7 +89,7 @@ pub fn parse_lines(text: &str) -> Result<Module, IrError> {
         name: "main".to_owned(),
         inputs: Vec::new(),
         outputs: Vec::new(),
-        pinned: Vec::new(),
+        frozen: Vec::new(),
         stages: vec![GraphId(0)],
     };
     for (index, value) in graph.values.iter().enumerate() {
@@ -182,19 +182,30 @@ fn entry(cursor: &mut Cursor<'_>, module: &mut Module) -> Result<Vec<(Mark, Stag
             }
         }
     }
-    let mut pinned = Vec::new();
-    if cursor.accept_word("pinned") {
-        pinned = cursor.list("(", ")", |cursor| {
-            let name = cursor.name("an input")?;
-            cursor.sign(":")?;
-            let ty = read_type(cursor)?;
-            cursor.sign("=")?;
-            let data = read_data(cursor, ty.dtype)?;
-            Ok((name, Tensor { ty, data }))
-        })?;
+    let mut frozen = Vec::new();
+    if cursor.accept_word("frozen") {
+        frozen = cursor.list("(", ")", frozen_input)?;
     }
-    module.entries.push(Entry { name, inputs, outputs, pinned, stages: Vec::new() });
+    module.entries.push(Entry { name, inputs, outputs, frozen, stages: Vec::new() });
     Ok(stages)
+}
+
+/// `n: i64[2] = [2, 3] for "/Reshape"`, with `and 2` where two more nodes need the value.
+fn frozen_input(cursor: &mut Cursor<'_>) -> Result<FrozenInput, IrError> {
+    let input = cursor.name("an input")?;
+    cursor.sign(":")?;
+    let ty = read_type(cursor)?;
+    cursor.sign("=")?;
+    let data = read_data(cursor, ty.dtype)?;
+    cursor.keyword("for")?;
+    let node = cursor.string("a node of the model")?;
+    let mut nodes = 1;
+    if cursor.accept_word("and") {
+        let mark = cursor.mark();
+        let more: Option<u32> = cursor.number()?.parse().ok();
+        nodes = more.and_then(|more| more.checked_add(1)).ok_or_else(|| cursor.error_at(mark, "expected a count"))?;
+    }
+    Ok(FrozenInput { input, value: Tensor { ty, data }, node, nodes })
 }
 
 fn graph(cursor: &mut Cursor<'_>, module: &mut Module) -> Result<(), IrError> {

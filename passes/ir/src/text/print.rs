@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use planfile::TensorType;
+use planfile::{FrozenInput, TensorType};
 
 use super::lexer::{name, origin_comment, quote};
 use super::{op, recipe, scalar, types};
@@ -72,11 +72,13 @@ fn entry_text(module: &Module, entry: &Entry, options: Options) -> String {
         let _ = write!(text, " = {}", stages.join(", "));
     }
     text.push('\n');
-    if !entry.pinned.is_empty() {
-        let pinned = entry.pinned.iter().map(|(input, tensor)| {
-            format!("{}: {} = {}", name(input), tensor.ty, scalar::data(&tensor.ty, &tensor.data, options.elide_data))
+    if !entry.frozen.is_empty() {
+        let frozen = entry.frozen.iter().map(|FrozenInput { input, value, node, nodes }| {
+            let data = scalar::data(&value.ty, &value.data, options.elide_data);
+            let more = if *nodes > 1 { format!(" and {}", nodes - 1) } else { String::new() };
+            format!("{}: {} = {data} for {}{more}", name(input), value.ty, quote(node))
         });
-        let _ = writeln!(text, "  pinned {}", parenthesised(2, 9, &pinned.collect::<Vec<_>>()));
+        let _ = writeln!(text, "  frozen {}", parenthesised(2, 9, &frozen.collect::<Vec<_>>()));
     }
     text
 }

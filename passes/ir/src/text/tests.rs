@@ -89,7 +89,7 @@ fn samples_contain_everything() {
         "= random ",
         "= file ",
         "hex \"",
-        "pinned (",
+        "frozen (",
         "ranks 0..",
         "ranks [0]",
         "<=",

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use planfile::TensorType;
 use planfile::op::Op;
+use planfile::{FrozenInput, TensorType};
 
 use super::{check_type, check_whole, unique};
 use crate::module::{Entry, Graph, Module, ValueDef};
@@ -15,7 +15,7 @@ pub(super) fn check(module: &Module, entry: &Entry) -> Result<(), String> {
             check_type(&port.ty).map_err(|why| format!("`{}`: {why}", port.name))?;
         }
     }
-    check_pinned(entry)?;
+    check_frozen(entry)?;
     let mut stages = Vec::new();
     for stage in &entry.stages {
         stages.push(module.graphs.get(stage.index()).ok_or_else(|| format!("stage {stage} does not exist"))?);
@@ -32,14 +32,15 @@ pub(super) fn check(module: &Module, entry: &Entry) -> Result<(), String> {
     check_channels(&stages)
 }
 
-fn check_pinned(entry: &Entry) -> Result<(), String> {
-    unique(entry.pinned.iter().map(|(name, _)| name.as_str())).map_err(|name| format!("`{name}` is pinned twice"))?;
-    for (name, tensor) in &entry.pinned {
+fn check_frozen(entry: &Entry) -> Result<(), String> {
+    unique(entry.frozen.iter().map(|frozen| frozen.input.as_str()))
+        .map_err(|name| format!("`{name}` is frozen twice"))?;
+    for FrozenInput { input: name, value: tensor, .. } in &entry.frozen {
         let port = entry.inputs.iter().find(|port| port.name == *name);
-        let port = port.ok_or_else(|| format!("pinned `{name}` is no input"))?;
+        let port = port.ok_or_else(|| format!("frozen `{name}` is no input"))?;
         if port.ty != tensor.ty || tensor.ty.bytes() != Some(tensor.data.len() as u64) {
             let (ty, bytes) = (&tensor.ty, tensor.data.len());
-            return Err(format!("pinned `{name}` is {ty} in {bytes} bytes, the input {}", port.ty));
+            return Err(format!("frozen `{name}` is {ty} in {bytes} bytes, the input {}", port.ty));
         }
     }
     Ok(())

@@ -23,7 +23,7 @@ weight w2 "fc2": f32[32, 64] = recipe {
 }
 state s0 "cache": f16[2, <=16@0] extent 0
 entry "main" (x: f32[8, 64], n: i64[1]) -> (h: f32[8, 32], y: f32[8, 64]) = @first, @second
-  pinned (n: i64[1] = [3])
+  frozen (n: i64[1] = [3] for "reshape")
 entry "other" () -> ()
 graph @first ranks 0..2 (%0: f32[8, 64] of [8, 64], %1: i64[1] of [1]) {
   %2: f32[64, 16] of [64, 32] split(1: tensor) = weight w0 "fc1"
@@ -210,13 +210,13 @@ fn entries() {
     refuses(&["there is no input 2"], |module| module.graphs[0].values[1].def = ValueDef::Input(2));
     refuses(&["stage @9 does not exist"], |module| module.entries[0].stages.push(GraphId(9)));
     refuses(&["a rank is in two stages"], |module| module.entries[0].stages.push(GraphId(0)));
-    refuses(&["pinned `q` is no input"], |module| module.entries[0].pinned[0].0 = "q".to_owned());
-    refuses(&["`n` is pinned twice"], |module| {
-        let again = module.entries[0].pinned[0].clone();
-        module.entries[0].pinned.push(again);
+    refuses(&["frozen `q` is no input"], |module| module.entries[0].frozen[0].input = "q".to_owned());
+    refuses(&["`n` is frozen twice"], |module| {
+        let again = module.entries[0].frozen[0].clone();
+        module.entries[0].frozen.push(again);
     });
-    refuses(&["pinned `n` is i64[2]"], |module| {
-        module.entries[0].pinned[0].1 = Tensor::from_elements(&[2], &[1i64, 2]).unwrap();
+    refuses(&["frozen `n` is i64[2]"], |module| {
+        module.entries[0].frozen[0].value = Tensor::from_elements(&[2], &[1i64, 2]).unwrap();
     });
 }
 

@@ -153,7 +153,9 @@ mod tests {
         let mut bound = case;
         bound.bindings.samples.insert("x1".to_owned(), tensor(&[2], &[2i64, 2]));
         let module = bound.import().unwrap();
-        assert_eq!(module.entries[0].pinned, [("x1".to_owned(), tensor(&[2], &[2i64, 2]))]);
+        let [frozen] = module.entries[0].frozen.as_slice() else { panic!("one input is frozen") };
+        assert_eq!((frozen.input.as_str(), &frozen.value), ("x1", &tensor(&[2], &[2i64, 2])));
+        assert_eq!((frozen.node.as_str(), frozen.nodes), ("/Reshape", 1));
         assert_eq!(module.entries[0].outputs[0].ty.sizes(), [2, 2]);
     }
 

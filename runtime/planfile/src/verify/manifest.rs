@@ -2,6 +2,7 @@
 
 use super::{ARENA_ALIGN, MAX_RANKS, Report, duplicate, sound_bytes};
 use crate::expr::{ExprOp, RankScalar};
+use crate::frozen::FrozenInput;
 use crate::op::Op;
 use crate::plan::{Manifest, Plan, PlanEntry, PlanPort};
 use crate::spec::{Recipe, Source, SourceFile};
@@ -59,7 +60,7 @@ fn check_names(manifest: &Manifest, report: &mut Report) {
     for entry in &manifest.entries {
         let names = |ports: &[PlanPort]| ports.iter().map(|port| port.name.clone()).collect::<Vec<_>>();
         unique("inputs", duplicate(names(&entry.inputs).iter()));
-        unique("pinned inputs", duplicate(entry.pinned.iter().map(|pin| &pin.0)));
+        unique("frozen inputs", duplicate(entry.frozen.iter().map(|frozen| &frozen.input)));
         unique("outputs", duplicate(names(&entry.outputs).iter()));
     }
 }
@@ -68,7 +69,7 @@ fn check_entry(entry: &PlanEntry, report: &mut Report) {
     for port in entry.inputs.iter().chain(&entry.outputs) {
         report.check(format_args!("entry `{}`, `{}`", entry.name, port.name), sound_bytes(&port.ty).map(|_| ()));
     }
-    for (name, value) in &entry.pinned {
+    for FrozenInput { input: name, value, .. } in &entry.frozen {
         let bytes = sound_bytes(&value.ty);
         let fine = bytes.and_then(|bytes| {
             let fine = bytes == value.data.len() as u64;
@@ -80,7 +81,7 @@ fn check_entry(entry: &PlanEntry, report: &mut Report) {
             Some(port) => Err(format!("{} for the input {}", value.ty, port.ty)),
             None => Err("there is no such input".to_owned()),
         });
-        report.check(format_args!("entry `{}`, pinned `{name}`", entry.name), fine);
+        report.check(format_args!("entry `{}`, frozen `{name}`", entry.name), fine);
     }
 }
 

@@ -93,15 +93,16 @@ fn mesh_and_names() {
         let again = plan.manifest.entries[0].inputs[0].clone();
         plan.manifest.entries[0].inputs.push(again);
     });
-    let pin = |name: &str, sizes: &[u64]| (name.to_owned(), Tensor::zeroed(f32s(sizes)).unwrap());
-    refused("two pinned inputs are named `x`", |plan| {
-        plan.manifest.entries[0].pinned = vec![pin("x", &[2, 8]), pin("x", &[2, 8])];
+    let of = |name: &str, value| FrozenInput { input: name.to_owned(), value, node: "/Reshape".to_owned(), nodes: 1 };
+    let frozen = |name: &str, sizes: &[u64]| of(name, Tensor::zeroed(f32s(sizes)).unwrap());
+    refused("two frozen inputs are named `x`", |plan| {
+        plan.manifest.entries[0].frozen = vec![frozen("x", &[2, 8]), frozen("x", &[2, 8])];
     });
-    refused("f32[1] for the input f32[2, 8]", |plan| plan.manifest.entries[0].pinned.push(pin("x", &[1])));
-    refused("there is no such input", |plan| plan.manifest.entries[0].pinned.push(pin("p", &[1])));
+    refused("f32[1] for the input f32[2, 8]", |plan| plan.manifest.entries[0].frozen.push(frozen("x", &[1])));
+    refused("there is no such input", |plan| plan.manifest.entries[0].frozen.push(frozen("p", &[1])));
     refused("4 bytes for f32[3]", |plan| {
         let value = Tensor { ty: f32s(&[3]), data: Buffer::zeroed(4) };
-        plan.manifest.entries[0].pinned.push(("p".to_owned(), value));
+        plan.manifest.entries[0].frozen.push(of("p", value));
     });
     refused("leaves the model's folder", |plan| plan.manifest.files[0].name = "a/../../b".to_owned());
     refused("leaves the model's folder", |plan| plan.manifest.files[0].name = "/etc/passwd".to_owned());

@@ -4,8 +4,8 @@ mod operations;
 
 use planfile::op::Groups;
 use planfile::{
-    Buffer, Combine, DType, Dim, ExtentId, Op, RankScalar, Real, Recipe, RecipeInput, Scalar, Source, SourceFile, Spec,
-    SpecNode, Tensor, TensorType,
+    Buffer, Combine, DType, Dim, ExtentId, FrozenInput, Op, RankScalar, Real, Recipe, RecipeInput, Scalar, Source,
+    SourceFile, Spec, SpecNode, Tensor, TensorType,
 };
 
 use operations::{COLLECTIVE, KINDS, op};
@@ -309,15 +309,17 @@ fn entry(c: &mut Choices<'_>, module: &mut Module) {
         stages.push(GraphId(module.graphs.len() as u32));
         module.graphs.push(graph);
     }
-    let mut pinned = Vec::new();
+    let mut frozen = Vec::new();
     for port in &inputs {
         if c.below(4) == 1 {
             let bytes: Vec<u8> = (0..port.ty.bytes().unwrap()).map(|_| c.next() as u8).collect();
-            pinned.push((port.name.clone(), Tensor::from_bytes(port.ty.clone(), &bytes).unwrap()));
+            let value = Tensor::from_bytes(port.ty.clone(), &bytes).unwrap();
+            let (input, nodes) = (port.name.clone(), c.below(3) as u32 + 1);
+            frozen.push(FrozenInput { input, value, node: c.name(), nodes });
         }
     }
     let name = format!("{}{}", c.name(), module.entries.len());
-    module.entries.push(Entry { name, inputs, outputs, pinned, stages });
+    module.entries.push(Entry { name, inputs, outputs, frozen, stages });
 }
 
 /// A module that verifies.
