@@ -1,10 +1,11 @@
-//! Values of attributes, and the constants that they give to Constant nodes.
+//! Values of attributes, and of the Constant nodes that have them.
 
 use planfile::DType;
 
 use crate::error::{OnnxError, TensorProblem};
 use crate::flat::{Attribute, Graph, Initializer, Node};
 use crate::messages::{AttributeProto, AttributeType};
+use crate::schema::check;
 use crate::tensor_data::Tensor;
 
 pub(crate) fn attribute_error(node: &str, attribute: &str, problem: &str) -> OnnxError {
@@ -58,41 +59,51 @@ pub(crate) fn nodes_in(attribute: &Attribute) -> usize {
         let inner = graph.nodes.iter().flat_map(|node| node.attributes.values()).map(nodes_in);
         inner.fold(graph.nodes.len(), usize::saturating_add)
     };
-    match attribute {
-        Attribute::Graph(graph) => count(graph),
-        Attribute::Graphs(graphs) => graphs.iter().map(count).fold(0, usize::saturating_add),
-        Attribute::Int(_)
-        | Attribute::Float(_)
-        | Attribute::String(_)
-        | Attribute::Ints(_)
-        | Attribute::Floats(_)
-        | Attribute::Strings(_)
-        | Attribute::Tensor(_)
-        | Attribute::Tensors(_)
-        | Attribute::Unsupported(_) => 0,
-    }
+    attribute.graphs().iter().map(count).fold(0, usize::saturating_add)
 }
 
-/// The initializer that a Constant node stands for; `None` for any other node, and for constants of strings.
-pub(crate) fn constant(node: &Node) -> Option<Initializer> {
+/// The initializer that a Constant node stands for; `None` for any other node.
+///
+/// # Errors
+/// What is wrong with the node, or with its value for us.
+pub(crate) fn constant(node: &Node) -> Option<Result<Initializer, String>> {
     if node.op_type != "Constant" || !node.domain.is_empty() {
         return None;
     }
-    let ([output], 1) = (node.outputs.as_slice(), node.attributes.len()) else { return None };
-    let (key, value) = node.attributes.first_key_value()?;
+    let findings = check::form(node);
+    let tensor = if findings.is_empty() { value(node) } else { Err(findings.join("; ")) };
+    Some(tensor.and_then(|tensor| {
+        let findings = check::types(node, &[], &[Some(tensor.dtype)]);
+        let name = node.outputs.first().cloned().unwrap_or_default();
+        if findings.is_empty() { Ok(Initializer { name, tensor }) } else { Err(findings.join("; ")) }
+    }))
+}
+
+/// The value of a Constant node.
+fn value(node: &Node) -> Result<Tensor, String> {
     let floats = |dims, values: &[f32]| {
         Tensor::inline(DType::F32, dims, values.iter().flat_map(|value| value.to_le_bytes()).collect())
     };
     let ints = |dims, values: &[i64]| {
         Tensor::inline(DType::I64, dims, values.iter().flat_map(|value| value.to_le_bytes()).collect())
     };
-    let tensor = match (key.as_str(), value) {
-        ("value" | "sparse_value", Attribute::Tensor(tensor)) => tensor.clone(),
-        ("value_float", Attribute::Float(value)) => floats(vec![], &[*value]),
-        ("value_floats", Attribute::Floats(values)) => floats(vec![values.len() as u64], values),
-        ("value_int", Attribute::Int(value)) => ints(vec![], &[*value]),
-        ("value_ints", Attribute::Ints(values)) => ints(vec![values.len() as u64], values),
-        _ => return None,
+    let values: Vec<(&String, &Attribute)> =
+        node.attributes.iter().filter(|(name, _)| name.starts_with("value") || *name == "sparse_value").collect();
+    let [(_, value)] = values.as_slice() else {
+        let names: Vec<String> = values.iter().map(|(name, _)| format!("`{name}`")).collect();
+        let given = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
+        return Err(format!("a constant has one attribute that says its value; given: {given}"));
     };
-    Some(Initializer { name: output.clone(), tensor })
+    match value {
+        Attribute::Tensor(tensor) => Ok(tensor.clone()),
+        Attribute::Float(value) => Ok(floats(vec![], &[*value])),
+        Attribute::Floats(values) => Ok(floats(vec![values.len() as u64], values)),
+        Attribute::Int(value) => Ok(ints(vec![], &[*value])),
+        Attribute::Ints(values) => Ok(ints(vec![values.len() as u64], values)),
+        Attribute::Unsupported(why) => Err(format!("its value is {why}, which is not supported")),
+        Attribute::String(_) | Attribute::Strings(_) => Err("its value is strings, which are not supported".to_owned()),
+        Attribute::Tensors(_) | Attribute::Graph(_) | Attribute::Graphs(_) => {
+            Err("its value is not a tensor".to_owned())
+        }
+    }
 }

@@ -151,6 +151,7 @@ fn element_type(input: &ValueInfo, bindings: &Bindings) -> Result<DType, OnnxErr
         Container::Sequence => Some("a sequence"),
         Container::Optional => Some("an optional"),
         Container::Map => Some("a map"),
+        Container::Opaque => Some("of an opaque type"),
     };
     if let Some(what) = what {
         return Err(BindingError::NotATensor { input: input.name.clone(), what }.into());
@@ -382,5 +383,7 @@ mod tests {
         assert!(error(&graph, &named(&[("batch", 1), ("past", 1)])).contains("string"));
         graph.inputs[0].container = Container::Sequence;
         assert!(error(&graph, &named(&[("batch", 1), ("past", 1)])).contains("is a sequence"));
+        graph.inputs[0].container = Container::Opaque;
+        assert!(error(&graph, &named(&[("batch", 1), ("past", 1)])).contains("is of an opaque type"));
     }
 }

@@ -63,6 +63,25 @@ pub enum Attribute {
     Unsupported(String),
 }
 
+impl Attribute {
+    /// The bodies that it holds.
+    pub(crate) fn graphs(&self) -> &[Graph] {
+        match self {
+            Self::Graph(body) => std::slice::from_ref(body),
+            Self::Graphs(bodies) => bodies,
+            Self::Int(_)
+            | Self::Float(_)
+            | Self::String(_)
+            | Self::Ints(_)
+            | Self::Floats(_)
+            | Self::Strings(_)
+            | Self::Tensor(_)
+            | Self::Tensors(_)
+            | Self::Unsupported(_) => &[],
+        }
+    }
+}
+
 /// Name and type of a value.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ValueInfo {
@@ -82,6 +101,8 @@ pub enum Container {
     Sequence,
     Optional,
     Map,
+    /// A type of some domain's own.
+    Opaque,
 }
 
 /// One dimension.

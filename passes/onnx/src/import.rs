@@ -3,11 +3,12 @@
 //! Shapes are static once the inputs' dimensions are bound. What a shape depends on is computed when a lowering asks for
 //! it; everything else, shape arithmetic included, becomes ordinary nodes for later passes to fold.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
 use ir::{Entry, Graph, GraphId, Module, Output, Port, ValueDef, ValueId};
-use planfile::SourceFile;
+use planfile::{DType, SourceFile};
 
+use crate::attribute;
 use crate::bindings::{Bindings, bind};
 use crate::build::Builder;
 use crate::context::{Context, OpError};
@@ -15,6 +16,7 @@ use crate::error::{OnnxError, UnsupportedNode};
 use crate::flat::{self, Attribute, Initializer, Node};
 use crate::load::Model;
 use crate::operators::{self, Lower};
+use crate::schema;
 use crate::source_files::WeightFiles;
 
 /// Imports `model` with its input dimensions bound, as a module of one entry and one graph. Weights stay ranges of
@@ -26,21 +28,28 @@ use crate::source_files::WeightFiles;
 pub fn import(model: &Model, bindings: &Bindings, weights: &WeightFiles) -> Result<Module, OnnxError> {
     // Open dimensions come first: they are the user's to bind, whatever else is wrong.
     bind(&model.graph, bindings)?;
-    let missing = missing_operators(&model.graph);
-    if !missing.is_empty() {
-        return Err(OnnxError::Unsupported(missing));
+    let refused = refused(&model.graph);
+    if !refused.is_empty() {
+        return Err(OnnxError::Unsupported(refused));
     }
-    attempt(model, bindings, weights)
+    attempt(model, bindings, weights, refused)
 }
 
-/// As [`import`], with operators that are missing found on the way: what depends on them is not looked at.
-pub(crate) fn attempt(model: &Model, bindings: &Bindings, weights: &WeightFiles) -> Result<Module, OnnxError> {
+/// As [`import`], around nodes that are refused already: those that depend on them are not looked at, all others are.
+pub(crate) fn attempt(
+    model: &Model,
+    bindings: &Bindings,
+    weights: &WeightFiles,
+    refused: Vec<UnsupportedNode>,
+) -> Result<Module, OnnxError> {
     let types = bind(&model.graph, bindings)?;
     let name = if model.graph.name.is_empty() { "main" } else { &model.graph.name };
     let mut inputs = Vec::new();
     let mut ports = Vec::new();
     let mut graph = Graph::new("main");
-    let mut import = Import { files: weights, values: HashMap::new(), unsupported: Vec::new(), failure: None };
+    let names = refused.iter().map(|node| node.name.clone()).collect();
+    let mut import =
+        Import { files: weights, values: HashMap::new(), refused: names, unsupported: refused, failure: None };
     for ((info, ty), number) in model.graph.inputs.iter().zip(types).zip(0u32..) {
         let value = graph.add_source(ty.clone(), ValueDef::Input(number));
         import.values.insert(&info.name, Named::Value(value));
@@ -110,6 +119,8 @@ struct Import<'m> {
     files: &'m WeightFiles,
     /// Looked up, never walked.
     values: HashMap<&'m str, Named<'m>>,
+    /// Names of the nodes that were refused before the walk. They are unique.
+    refused: BTreeSet<String>,
     unsupported: Vec<UnsupportedNode>,
     /// The first fault that is not a lack of support.
     failure: Option<OnnxError>,
@@ -155,6 +166,9 @@ impl<'m> Import<'m> {
 
     /// Lowers a node. `None` when it cannot be, or depends on one that cannot.
     fn node(&mut self, builder: &mut Builder, node: &'m Node) -> Option<Vec<ValueId>> {
+        if self.refused.contains(&node.name) {
+            return None;
+        }
         let mut operands = Vec::with_capacity(node.inputs.len());
         for name in &node.inputs {
             if name.is_empty() {
@@ -174,18 +188,30 @@ impl<'m> Import<'m> {
                 }
             }
         }
+        let types: Vec<Option<DType>> =
+            operands.iter().map(|operand| operand.map(|value| builder.graph.ty(value).dtype)).collect();
+        if !self.conforms(node, schema::check::types(node, &types, &[])) {
+            return None;
+        }
         if is_branch(node) {
             return self.branch(builder, node, operands);
         }
-        let lower: Lower = match operators::find(&node.domain, &node.op_type, node.opset) {
-            Ok(lower) => lower,
-            Err(hint) => {
-                self.fail(node, OpError::Unsupported { hint });
-                return None;
-            }
-        };
+        let lower: Lower = operators::find(&node.domain, &node.op_type, node.opset)
+            .map_err(|hint| self.fail(node, OpError::Unsupported { hint }))
+            .ok()?;
         let mut context = Context::new(builder, self.files, node, operands);
-        lower(&mut context).map_err(|error| self.fail(node, error)).ok()
+        let results = lower(&mut context).map_err(|error| self.fail(node, error)).ok()?;
+        let outputs: Vec<Option<DType>> = results.iter().map(|&value| Some(builder.graph.ty(value).dtype)).collect();
+        self.conforms(node, schema::check::types(node, &types, &outputs)).then_some(results)
+    }
+
+    /// Whether nothing was found; reports what was.
+    fn conforms(&mut self, node: &Node, findings: Vec<String>) -> bool {
+        let conforms = findings.is_empty();
+        if !conforms {
+            self.fail(node, OpError::Unsupported { hint: findings.join("; ") });
+        }
+        conforms
     }
 
     /// An `If` whose condition is known: the branch taken, in place.
@@ -249,23 +275,19 @@ impl<'m> Import<'m> {
 }
 
 /// Whether the node is ONNX's `If`, which this file handles itself because its bodies read names of the graph around.
-pub(crate) fn is_branch(node: &Node) -> bool {
+fn is_branch(node: &Node) -> bool {
     node.domain.is_empty() && node.op_type == "If"
 }
 
-/// All nodes whose operator is not in the table, bodies of `If` included.
-fn missing_operators(graph: &flat::Graph) -> Vec<UnsupportedNode> {
-    let mut missing = Vec::new();
+/// All nodes that cannot be imported whatever their operands are, bodies included.
+pub(crate) fn refused(graph: &flat::Graph) -> Vec<UnsupportedNode> {
+    let mut refused = Vec::new();
     let mut graphs = vec![graph];
     while let Some(graph) = graphs.pop() {
         for node in &graph.nodes {
-            if is_branch(node) {
-                graphs.extend(node.attributes.values().filter_map(|attribute| match attribute {
-                    Attribute::Graph(body) => Some(&**body),
-                    _ => None,
-                }));
-            } else if let Err(hint) = operators::find(&node.domain, &node.op_type, node.opset) {
-                missing.push(UnsupportedNode {
+            graphs.extend(node.attributes.values().flat_map(Attribute::graphs));
+            if let Some(hint) = refusal(node) {
+                refused.push(UnsupportedNode {
                     name: node.name.clone(),
                     op: node.op_type.clone(),
                     domain: node.domain.clone(),
@@ -275,7 +297,17 @@ fn missing_operators(graph: &flat::Graph) -> Vec<UnsupportedNode> {
             }
         }
     }
-    missing
+    refused
+}
+
+/// Why a node cannot be imported, whatever its operands are: its operator, and what ONNX says of that operator.
+fn refusal(node: &Node) -> Option<String> {
+    if let Some(constant) = attribute::constant(node) {
+        return constant.err();
+    }
+    let missing = operators::find(&node.domain, &node.op_type, node.opset).err().filter(|_| !is_branch(node));
+    let findings: Vec<String> = missing.into_iter().chain(schema::check::form(node)).collect();
+    (!findings.is_empty()).then(|| findings.join("; "))
 }
 
 #[cfg(test)]
@@ -382,7 +414,7 @@ mod tests {
     #[test]
     fn absent_weights_become_seeded_noise_on_request() {
         let file = TensorSource::FileRange { file: crate::source_files::FileIndex(0), offset: 0, length: 8 };
-        let weight = Tensor { dtype: planfile::DType::F32, dims: vec![2], source: file };
+        let weight = Tensor { dtype: DType::F32, dims: vec![2], source: file };
         let source = |absent, random_weights, name| {
             let mut builder = Builder { absent: vec![absent], random_weights, ..Builder::default() };
             builder.initializer(name, &weight);

@@ -210,8 +210,9 @@ impl Flattener<'_, '_, '_> {
             device_configurations,
         };
         match constant(&node) {
-            Some(initializer) => graph.initializers.push(initializer),
-            None => graph.nodes.push(node),
+            Some(Ok(initializer)) => graph.initializers.push(initializer),
+            // Import reports the constant, with all other nodes that cannot be imported.
+            Some(Err(_)) | None => graph.nodes.push(node),
         }
         Ok(())
     }
@@ -256,6 +257,12 @@ impl Flattener<'_, '_, '_> {
             if given > declared {
                 return Err(fail(format!("the call has {given} {what}, the function {declared}")));
             }
+        }
+        if let Some(name) = call.attributes.keys().find(|name| !takes(function, name)) {
+            let declared = function.attribute.iter().chain(function.attribute_proto.iter().map(|proto| &proto.name));
+            let declared: Vec<String> = declared.map(|name| format!("`{name}`")).collect();
+            let declared = if declared.is_empty() { "none".to_owned() } else { declared.join(", ") };
+            return Err(fail(format!("the call gives attribute `{name}`, the function has {declared}")));
         }
         let mut opsets = BTreeMap::new();
         for import in &function.opset_import {
@@ -428,6 +435,20 @@ struct Call {
     attributes: BTreeMap<String, Attribute>,
 }
 
+/// Whether a call may give the function this attribute: it is declared, or a node of the function reads it all the same.
+fn takes(function: &FunctionProto, name: &str) -> bool {
+    function.attribute.iter().any(|declared| declared == name)
+        || function.attribute_proto.iter().any(|declared| declared.name == name)
+        || reads(&function.node, name)
+}
+
+fn reads(nodes: &[NodeProto], name: &str) -> bool {
+    nodes.iter().flat_map(|node| &node.attribute).any(|attribute| {
+        let mut bodies = attribute.g.as_deref().into_iter().chain(&attribute.graphs);
+        attribute.ref_attr_name == name || bodies.any(|body| reads(&body.node, name))
+    })
+}
+
 fn function_name((domain, name, overload): &FunctionKey) -> String {
     let separator = if domain.is_empty() { "" } else { "." };
     let colon = if overload.is_empty() { "" } else { ":" };
@@ -447,6 +468,7 @@ fn value_info(proto: &ValueInfoProto, frame: &Frame) -> ValueInfo {
         Some(type_proto::Value::SequenceType(_)) => (Container::Sequence, 0, None),
         Some(type_proto::Value::OptionalType(_)) => (Container::Optional, 0, None),
         Some(type_proto::Value::MapType(_)) => (Container::Map, 0, None),
+        Some(type_proto::Value::OpaqueType(_)) => (Container::Opaque, 0, None),
         None => (Container::Tensor, 0, None),
     };
     ValueInfo {

@@ -18,6 +18,7 @@ mod operators;
 mod order;
 #[cfg(test)]
 mod samples;
+mod schema;
 pub mod source_files;
 pub mod support;
 pub mod tensor_data;

@@ -18,10 +18,10 @@ use crate::tensor_data::{Tensor, tensor};
 use crate::wire;
 
 /// Versions of the file format that are read.
-pub const IR_VERSIONS: RangeInclusive<i64> = 3..=13;
+pub const IR_VERSIONS: RangeInclusive<i64> = 3..=14;
 
 /// Versions of ONNX's own operators that are read.
-pub const OPSETS: RangeInclusive<i64> = 1..=27;
+pub const OPSETS: RangeInclusive<i64> = 1..=28;
 
 /// Largest file with a single tensor that is read, in bytes.
 pub const TENSOR_FILE_LIMIT_BYTES: u64 = 1 << 30;
@@ -195,14 +195,14 @@ mod tests {
 
     #[test]
     fn versions_out_of_range_say_the_range() {
-        for version in [2, 14] {
+        for version in [2, 15] {
             let error = reload(&ModelProto { ir_version: Some(version), ..identity() }).unwrap_err().to_string();
-            assert!(error.contains(&format!("IR version {version}, supported are 3 to 13")), "{error}");
+            assert!(error.contains(&format!("IR version {version}, supported are 3 to 14")), "{error}");
         }
-        for version in [0, 28] {
+        for version in [0, 29] {
             let error =
                 reload(&ModelProto { opset_import: vec![opset("ai.onnx", version)], ..identity() }).unwrap_err();
-            assert!(error.to_string().contains(&format!("opset {version} of ONNX, supported are 1 to 27")), "{error}");
+            assert!(error.to_string().contains(&format!("opset {version} of ONNX, supported are 1 to 28")), "{error}");
         }
     }
 

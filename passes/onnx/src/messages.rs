@@ -225,7 +225,7 @@ pub struct ValueInfoProto {
 /// Type of a value.
 #[derive(Clone, PartialEq, Message)]
 pub struct TypeProto {
-    #[prost(oneof = "type_proto::Value", tags = "1, 4, 5, 8, 9")]
+    #[prost(oneof = "type_proto::Value", tags = "1, 4, 5, 7, 8, 9")]
     pub value: Option<type_proto::Value>,
 }
 
@@ -242,6 +242,8 @@ pub mod type_proto {
         SequenceType(Element),
         #[prost(message, tag = "5")]
         MapType(Map),
+        #[prost(message, tag = "7")]
+        OpaqueType(Opaque),
         #[prost(message, tag = "8")]
         SparseTensorType(Tensor),
         #[prost(message, tag = "9")]
@@ -263,6 +265,10 @@ pub mod type_proto {
         #[prost(message, optional, boxed, tag = "1")]
         pub elem_type: Option<Box<TypeProto>>,
     }
+
+    /// A type that only its domain knows. Its name and domain are not read.
+    #[derive(Clone, PartialEq, Message)]
+    pub struct Opaque {}
 
     /// Key and value types of a map.
     #[derive(Clone, PartialEq, Message)]

@@ -108,9 +108,21 @@ pub(crate) fn find(domain: &str, name: &str, opset: i64) -> Result<Lower, String
     }
 }
 
+/// First version of the row in force at `opset`.
+pub(crate) fn since(domain: &str, name: &str, opset: i64) -> Option<i64> {
+    rows(domain).filter(|row| row.name == name && row.since <= opset).map(|row| row.since).max()
+}
+
+/// The rows of a domain, in the order of its families.
+pub(crate) fn rows(domain: &str) -> impl Iterator<Item = &'static Operator> {
+    let families = DOMAINS.iter().filter(move |(known, _)| *known == domain).flat_map(|(_, families)| families.iter());
+    families.flat_map(|family| family.iter())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::harness::Case;
 
     #[test]
     fn no_row_is_listed_twice() {
@@ -122,6 +134,36 @@ mod tests {
             rows.dedup();
             assert_eq!(rows.len(), count, "domain `{domain}`");
         }
+    }
+
+    /// Versions of ONNX's schemas that a row stands for, as opsets.
+    fn opsets(row: &Operator) -> Vec<i64> {
+        let later = crate::schema::history("", row.name).map(|schema| schema.since).filter(|&since| since > row.since);
+        std::iter::once(row.since).chain(later).collect()
+    }
+
+    #[test]
+    fn every_row_is_an_operator_of_onnx() {
+        for row in rows("") {
+            let schema = crate::schema::find("", row.name, row.since);
+            let schema = schema.unwrap_or_else(|| panic!("{} {} is not in schema/operators.txt", row.name, row.since));
+            assert!(!schema.is_deprecated || schema.since == row.since, "{} {} is deprecated", row.name, row.since);
+        }
+    }
+
+    #[test]
+    fn an_attribute_that_an_operator_does_not_have_is_refused_by_name() {
+        let mut count = 0;
+        for (row, opset) in rows("").flat_map(|row| opsets(row).into_iter().map(move |opset| (row, opset))) {
+            let text = Case::new(row.name, opset).int("invented", 1).error();
+            let expected = format!("`/{name}`: {name} (opset {opset}): ", name = row.name);
+            assert!(text.contains(&expected), "{text}");
+            // A version that ONNX has removed is refused altogether.
+            let removed = format!("ONNX has removed the operator from opset {opset} on");
+            assert!(text.contains("it has no attribute `invented`") || text.contains(&removed), "{text}");
+            count += 1;
+        }
+        assert!(count > 400, "{count} versions of operators");
     }
 
     #[test]

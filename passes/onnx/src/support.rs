@@ -5,9 +5,8 @@ use std::collections::BTreeMap;
 use crate::bindings::Bindings;
 use crate::error::{OnnxError, UnsupportedNode};
 use crate::flat::{Attribute, Graph};
-use crate::import::{attempt, is_branch};
+use crate::import::{attempt, refused};
 use crate::load::Model;
-use crate::operators;
 use crate::source_files::WeightFiles;
 
 /// An operator of a model, in one version.
@@ -25,10 +24,11 @@ pub struct OperatorSupport {
     pub reason: Option<String>,
 }
 
-/// Every operator of a model with its status, by domain, name and opset: whether there is such an operator. Attributes
-/// and shapes are not looked at; see [`support_bound`].
+/// Every operator of a model with its status, by domain, name and opset: whether there is such an operator, and whether
+/// its nodes have the attributes, inputs and outputs that ONNX gives it. Values of attributes, element types and shapes are
+/// not looked at; see [`support_bound`].
 pub fn support(model: &Model) -> Vec<OperatorSupport> {
-    rows(model).into_values().collect()
+    rows(model, refused(&model.graph))
 }
 
 /// As [`support`], and whether each node can be imported with the dimensions bound: its attributes, element types and
@@ -41,57 +41,45 @@ pub fn support_bound(
     bindings: &Bindings,
     weights: &WeightFiles,
 ) -> Result<Vec<OperatorSupport>, OnnxError> {
-    let mut rows = rows(model);
-    let nodes = match attempt(model, bindings, weights) {
-        Ok(_) => Vec::new(),
-        Err(OnnxError::Unsupported(nodes)) => nodes,
-        Err(error) => return Err(error),
-    };
-    let mut refused: BTreeMap<Key, Vec<UnsupportedNode>> = BTreeMap::new();
-    for node in nodes {
-        refused.entry((node.domain.clone(), node.op.clone(), node.opset)).or_default().push(node);
+    match attempt(model, bindings, weights, refused(&model.graph)) {
+        Ok(_) => Ok(rows(model, Vec::new())),
+        Err(OnnxError::Unsupported(nodes)) => Ok(rows(model, nodes)),
+        Err(error) => Err(error),
     }
-    for (key, nodes) in refused {
-        // An operator that is not there at all has its reason already.
-        if let Some(row) = rows.get_mut(&key).filter(|row| row.supported) {
-            row.supported = false;
-            row.reason = Some(reason(&nodes, row.count));
-        }
-    }
-    Ok(rows.into_values().collect())
 }
 
 /// Domain, name, opset.
 type Key = (String, String, i64);
 
-fn rows(model: &Model) -> BTreeMap<Key, OperatorSupport> {
+fn rows(model: &Model, refused: Vec<UnsupportedNode>) -> Vec<OperatorSupport> {
     let mut rows: BTreeMap<Key, OperatorSupport> = BTreeMap::new();
     let mut graphs: Vec<&Graph> = vec![&model.graph];
     while let Some(graph) = graphs.pop() {
         for node in &graph.nodes {
-            let row = rows.entry((node.domain.clone(), node.op_type.clone(), node.opset)).or_insert_with(|| {
-                let found = operators::find(&node.domain, &node.op_type, node.opset);
-                let reason = found.err().filter(|_| !is_branch(node));
-                OperatorSupport {
-                    domain: node.domain.clone(),
-                    op: node.op_type.clone(),
-                    opset: node.opset,
-                    count: 0,
-                    supported: reason.is_none(),
-                    reason,
-                }
+            let row = rows.entry((node.domain.clone(), node.op_type.clone(), node.opset));
+            let row = row.or_insert_with(|| OperatorSupport {
+                domain: node.domain.clone(),
+                op: node.op_type.clone(),
+                opset: node.opset,
+                count: 0,
+                supported: true,
+                reason: None,
             });
             row.count += 1;
-            for attribute in node.attributes.values() {
-                match attribute {
-                    Attribute::Graph(body) => graphs.push(body),
-                    Attribute::Graphs(bodies) => graphs.extend(bodies),
-                    _ => {}
-                }
-            }
+            graphs.extend(node.attributes.values().flat_map(Attribute::graphs));
         }
     }
-    rows
+    let mut nodes: BTreeMap<Key, Vec<UnsupportedNode>> = BTreeMap::new();
+    for node in refused {
+        nodes.entry((node.domain.clone(), node.op.clone(), node.opset)).or_default().push(node);
+    }
+    for (key, nodes) in nodes {
+        if let Some(row) = rows.get_mut(&key) {
+            row.supported = false;
+            row.reason = Some(reason(&nodes, row.count));
+        }
+    }
+    rows.into_values().collect()
 }
 
 /// Every reason once, with the first node that has it.
@@ -104,7 +92,7 @@ fn reason(nodes: &[UnsupportedNode], count: usize) -> String {
         }
     }
     let one = |(hint, name, times): &(&str, &str, usize)| match (times, count) {
-        (_, 1) => (*hint).to_owned(),
+        (times, count) if *times == count => (*hint).to_owned(),
         (1, _) => format!("{hint} (`{name}`)"),
         _ => format!("{hint} ({times} nodes, `{name}` first)"),
     };
@@ -145,6 +133,21 @@ mod tests {
         let dims = BTreeMap::from([("n".to_owned(), 2)]);
         let rows = support_bound(&model, &Bindings { dims, ..Bindings::default() }, &files).unwrap();
         assert!(!rows[0].supported && rows[0].reason.as_ref().unwrap().contains("string"), "{rows:?}");
+    }
+
+    #[test]
+    fn what_onnx_forbids_needs_no_dimensions() {
+        let invented = crate::samples::attribute("invented", crate::messages::AttributeType::Int);
+        let nodes = vec![
+            crate::samples::named("first", node("Relu", &["x"], &["a"])),
+            crate::samples::named("second", crate::samples::with(node("Relu", &["a"], &["b"]), invented)),
+            node("Add", &["b"], &["y"]),
+        ];
+        let rows = support(&reload(&model(graph(nodes))).unwrap());
+        let reasons: Vec<Option<&str>> = rows.iter().map(|row| row.reason.as_deref()).collect();
+        let relu = "it has no attribute `invented`; allowed: none (`second`)";
+        assert_eq!(reasons, [Some("input 1 (`B`) is missing"), Some(relu)]);
+        assert!(rows.iter().all(|row| !row.supported));
     }
 
     #[test]

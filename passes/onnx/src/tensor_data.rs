@@ -59,7 +59,7 @@ impl ElemType {
 
     /// ONNX's name, in lower case; `None` for a number that ONNX does not know.
     pub fn name(self) -> Option<&'static str> {
-        const NAMES: [&str; 27] = [
+        const NAMES: [&str; 29] = [
             "undefined",
             "float",
             "uint8",
@@ -87,6 +87,8 @@ impl ElemType {
             "float8e8m0",
             "uint2",
             "int2",
+            "float6e2m3",
+            "float6e3m2",
         ];
         NAMES.get(usize::try_from(self.0).ok()?).copied()
     }

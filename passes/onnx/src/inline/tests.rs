@@ -91,11 +91,11 @@ fn names_from_inside_do_not_meet_those_outside() {
 
 #[test]
 fn a_node_keeps_the_opset_of_its_function() {
-    let old = FunctionProto { opset_import: vec![opset("", 11)], ..scale() };
+    let old = FunctionProto { opset_import: vec![opset("", 12)], ..scale() };
     let nodes = vec![with(call("Scale", &["x"], &["m"]), float("by", 2.0)), node("Neg", &["m"], &["y"])];
     let loaded = with_functions(nodes.clone(), vec![old]).unwrap();
     let opsets: Vec<i64> = loaded.graph.nodes.iter().map(|node| node.opset).collect();
-    assert_eq!(opsets, [11, 17]);
+    assert_eq!(opsets, [12, 17]);
     let too_new = FunctionProto { opset_import: vec![opset("", 99)], ..scale() };
     let error = with_functions(nodes, vec![too_new]).unwrap_err().to_string();
     assert!(error.contains("function `my.Scale` uses opset 99"), "{error}");
@@ -147,6 +147,17 @@ fn expansions_that_double_at_each_level_or_go_too_deep_are_stopped() {
         let OnnxError::ExpansionTooLarge { node, .. } = error else { panic!("{error:?}") };
         assert_eq!(node.matches('/').count() >= NESTING_LIMIT, is_too_deep, "{node}");
     }
+}
+
+#[test]
+fn a_call_gives_no_attribute_that_its_function_does_not_have() {
+    let given = |name: &str| vec![named("f", with(call("Scale", &["x"], &["y"]), float(name, 2.0)))];
+    let error = with_functions(given("bye"), vec![scale()]).unwrap_err().to_string();
+    assert!(error.contains("node `f` cannot call") && error.contains("attribute `bye`"), "{error}");
+    // `scale` does not declare `by`, as some exporters do not, but reads it.
+    assert!(with_functions(given("by"), vec![scale()]).is_ok());
+    let declared = FunctionProto { attribute: vec!["bye".into()], ..scale() };
+    assert!(with_functions(given("bye"), vec![declared]).is_ok());
 }
 
 #[test]

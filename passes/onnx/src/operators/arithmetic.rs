@@ -115,6 +115,6 @@ mod tests {
         assert_close(&Case::new("Sum", 13).input(tensor(&[1], &[3f32])).one(), &[1], &[3.0]);
         let many = (0..200).fold(Case::new("Sum", 13), |case, i| case.input(tensor(&[1], &[i as f32])));
         assert_close(&many.one(), &[1], &[19_900.0]);
-        assert!(Case::new("Sum", 13).error().contains("an input is missing"));
+        assert!(Case::new("Sum", 13).error().contains("input 0 (`data_0`) is missing"));
     }
 }

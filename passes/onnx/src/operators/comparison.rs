@@ -43,7 +43,7 @@ mod tests {
             assert_eq!(case(op).one(), bools(&[3], &expected), "{op}");
         }
         let mixed = Case::new("Equal", 13).input(tensor(&[1], &[1f32])).input(tensor(&[1], &[1i64]));
-        assert!(mixed.error().contains("f32 and i64"), "{}", mixed.error());
+        assert!(mixed.error().contains("(`A`) is f32 and input 1 (`B`) is i64"), "{}", mixed.error());
     }
 
     #[test]

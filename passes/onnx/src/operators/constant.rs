@@ -90,8 +90,15 @@ fn range(ctx: &mut Context<'_>) -> Result<Vec<ValueId>, OpError> {
         return Err(ctx.invalid("delta is 0, or the range is too long"));
     }
     // The scalars are operands, so that the value of a range is theirs to the last bit.
-    let index = Expr::index(0).cast(dtype);
-    let expr = Expr::operand(0).binary(Binary::Add, index.binary(Binary::Mul, Expr::operand(1)));
+    let through = match dtype {
+        DType::F16 | DType::BF16 => element_type(ctx, ctx.int("stash_type", 1)?)?,
+        _ => dtype,
+    };
+    let converted = |expr: Expr, from, to| if from == to { expr } else { expr.cast(to) };
+    let operand = |index| converted(Expr::operand(index), dtype, through);
+    let index = Expr::index(0).cast(through);
+    let expr = operand(0).binary(Binary::Add, index.binary(Binary::Mul, operand(1)));
+    let expr = converted(expr, through, dtype);
     let (start, delta) = (ctx.reshape(start, &[])?, ctx.reshape(delta, &[])?);
     Ok(vec![ctx.emit(Op::Pointwise { expr, dims: vec![Dim::Static(count as u64)] }, &[start, delta])?])
 }
@@ -170,6 +177,21 @@ mod tests {
         let scalar = |value: f32| tensor(&[], &[value]);
         let floats = Case::new("Range", 11).constant(scalar(0.5)).constant(scalar(2.0)).constant(scalar(0.5));
         assert_eq!(floats.one(), tensor(&[3], &[0.5f32, 1.0, 1.5]));
+    }
+
+    #[test]
+    fn ranges_of_half_types_are_counted_in_single_precision() {
+        let halves = |sizes: &[u64], values: &[f32]| {
+            let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_bits().to_be_bytes()[..2].to_vec()).collect();
+            let little: Vec<u8> = bytes.chunks(2).flat_map(|pair| [pair[1], pair[0]]).collect();
+            planfile::Tensor::from_bytes(planfile::TensorType::new(planfile::DType::BF16, sizes), &little).unwrap()
+        };
+        let scalar = |value| halves(&[], &[value]);
+        let range = Case::new("Range", 27).constant(scalar(-100.0)).constant(scalar(60.0)).constant(scalar(0.5));
+        let element = |case: &Case| case.one().data.bytes()[2 * 303..2 * 304].to_vec();
+        // 303 is no bf16: counted in that type, this element is 52.
+        assert_eq!(element(&range), halves(&[1], &[51.5]).data.bytes());
+        assert_eq!(element(&range.int("stash_type", 16)), halves(&[1], &[52.0]).data.bytes());
     }
 
     #[test]

@@ -1,57 +1,38 @@
-//! Logic on booleans, and on the bits of integers.
+//! Logic on booleans, and on the bits of integers: ONNX's types for each operator keep the two apart.
 
 use ir::ValueId;
-use planfile::{Binary, DType, Expr, Unary};
+use planfile::{Binary, Expr, Unary};
 
 use super::{Operator, row};
 use crate::context::{Context, OpError};
 
 #[rustfmt::skip]
 pub(super) const OPERATORS: &[Operator] = &[
-    row("And",        7,  |ctx| logical(ctx, Binary::And)),
+    row("And",        7,  |ctx| two(ctx, Binary::And)),
     row("BitShift",   11, shift),
-    row("BitwiseAnd", 18, |ctx| bitwise(ctx, Binary::And)),
-    row("BitwiseNot", 18, |ctx| not(ctx, false)),
-    row("BitwiseOr",  18, |ctx| bitwise(ctx, Binary::Or)),
-    row("BitwiseXor", 18, |ctx| bitwise(ctx, Binary::Xor)),
-    row("Not",        1,  |ctx| not(ctx, true)),
-    row("Or",         7,  |ctx| logical(ctx, Binary::Or)),
-    row("Xor",        7,  |ctx| logical(ctx, Binary::Xor)),
+    row("BitwiseAnd", 18, |ctx| two(ctx, Binary::And)),
+    row("BitwiseNot", 18, not),
+    row("BitwiseOr",  18, |ctx| two(ctx, Binary::Or)),
+    row("BitwiseXor", 18, |ctx| two(ctx, Binary::Xor)),
+    row("Not",        1,  not),
+    row("Or",         7,  |ctx| two(ctx, Binary::Or)),
+    row("Xor",        7,  |ctx| two(ctx, Binary::Xor)),
 ];
 
-fn require(ctx: &Context<'_>, value: ValueId, boolean: bool) -> Result<(), OpError> {
-    let dtype = ctx.dtype(value);
-    match (boolean, dtype == DType::Bool) {
-        (true, false) => Err(ctx.invalid(&format!("operand is {dtype}, expected bool"))),
-        (false, true) => Err(ctx.invalid("operand is bool, expected an integer")),
-        (true, true) | (false, false) => Ok(()),
-    }
-}
-
-fn two(ctx: &mut Context<'_>, op: Binary, boolean: bool) -> Result<Vec<ValueId>, OpError> {
+fn two(ctx: &mut Context<'_>, op: Binary) -> Result<Vec<ValueId>, OpError> {
     let (a, b) = (ctx.operand(0)?, ctx.operand(1)?);
-    require(ctx, a, boolean)?;
     Ok(vec![ctx.pointwise(Expr::operand(0).binary(op, Expr::operand(1)), &[a, b])?])
 }
 
-fn logical(ctx: &mut Context<'_>, op: Binary) -> Result<Vec<ValueId>, OpError> {
-    two(ctx, op, true)
-}
-
-fn bitwise(ctx: &mut Context<'_>, op: Binary) -> Result<Vec<ValueId>, OpError> {
-    two(ctx, op, false)
-}
-
-fn not(ctx: &mut Context<'_>, boolean: bool) -> Result<Vec<ValueId>, OpError> {
+fn not(ctx: &mut Context<'_>) -> Result<Vec<ValueId>, OpError> {
     let x = ctx.operand(0)?;
-    require(ctx, x, boolean)?;
     Ok(vec![ctx.pointwise(Expr::operand(0).unary(Unary::Not), &[x])?])
 }
 
 fn shift(ctx: &mut Context<'_>) -> Result<Vec<ValueId>, OpError> {
     match ctx.string("direction", "")?.as_str() {
-        "LEFT" => bitwise(ctx, Binary::ShiftLeft),
-        "RIGHT" => bitwise(ctx, Binary::ShiftRight),
+        "LEFT" => two(ctx, Binary::ShiftLeft),
+        "RIGHT" => two(ctx, Binary::ShiftRight),
         other => Err(ctx.invalid(&format!("attribute `direction` is `{other}`, not `LEFT` or `RIGHT`"))),
     }
 }
@@ -70,7 +51,7 @@ mod tests {
         assert_eq!(case("Or").one(), bools(&[4], &[false, true, true, true]));
         assert_eq!(case("Xor").one(), bools(&[4], &[false, true, true, false]));
         assert_eq!(Case::new("Not", 7).input(bools(&[2], &[true, false])).one(), bools(&[2], &[false, true]));
-        assert!(Case::new("Not", 7).input(tensor(&[1], &[1i64])).error().contains("expected bool"));
+        assert!(Case::new("Not", 7).input(tensor(&[1], &[1i64])).error().contains("is i64; allowed: bool"));
     }
 
     #[test]
@@ -89,5 +70,9 @@ mod tests {
         assert_eq!(case.clone().string("direction", "RIGHT").one(), tensor(&[2], &[4u32, 2]));
         assert_eq!(case.clone().string("direction", "LEFT").one(), tensor(&[2], &[64u32, 10]));
         assert!(case.error().contains("direction"));
+        let signed =
+            Case::new("BitShift", 28).input(tensor(&[3], &[-8i32, -8, 5])).input(tensor(&[3], &[1i32, -1, 40]));
+        assert_eq!(signed.clone().string("direction", "RIGHT").one(), tensor(&[3], &[-4i32, -1, 0]));
+        assert_eq!(signed.string("direction", "LEFT").one(), tensor(&[3], &[-16i32, 0, 0]));
     }
 }

@@ -196,6 +196,12 @@ fn recurrent(ctx: &mut Context<'_>, cell: Cell) -> Result<Vec<ValueId>, OpError>
     if ctx.sizes(recurrence) != [directions, rows, hidden] || ctx.sizes(weights)[..2] != [directions, rows] {
         return Err(ctx.invalid(&format!("weights are {} and {}", ctx.ty(weights), ctx.ty(recurrence))));
     }
+    let stated = ctx.int("hidden_size", hidden as i64)?;
+    if stated != hidden as i64 {
+        return Err(
+            ctx.invalid(&format!("`hidden_size` is {stated}, and {hidden} in the weights {}", ctx.ty(recurrence)))
+        );
+    }
     let all = ctx.count(&[directions, rows])?;
     let features = ctx.sizes(weights)[2];
     let weights = ctx.reshape(weights, &[all, features])?;
@@ -374,6 +380,8 @@ mod tests {
         let unknown = rnn(3, &[0.0; 3]).attr("activations", crate::flat::Attribute::Strings(vec!["Gelu".to_owned()]));
         assert!(unknown.error().contains("activation `Gelu`"));
         assert!(rnn(3, &[0.0; 3]).string("direction", "sideways").error().contains("sideways"));
+        assert!(rnn(3, &[0.0; 3]).int("hidden_size", 1).import().is_ok());
+        assert!(rnn(3, &[0.0; 3]).int("hidden_size", 2).error().contains("`hidden_size` is 2, and 1 in the weights"));
         assert!(rnn(3, &[0.0; 3]).string("direction", "bidirectional").error().contains("1 activations"));
         assert!(rnn(3, &[0.0; 3]).constant(tensor(&[1, 3], &[0f32; 3])).error().contains("the bias is"));
         let lengths = rnn(3, &[0.0; 3]).without().constant(tensor(&[2], &[1i32, 2]));

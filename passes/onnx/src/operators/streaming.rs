@@ -204,6 +204,6 @@ mod tests {
         assert_close(&delta[1], &[1, 1, 1, 1], &[2.5 + 3.0 * 0.5 * (7.0 - 7.5)]);
         let gated = case("gated").without().input(sequence(&[0.0, 2f32.ln()])).outputs(2).run();
         assert_close(&gated[1], &[1, 1, 1, 1], &[31.0]);
-        assert!(case("other").error().contains("update_rule"));
+        assert!(case("other").outputs(2).error().contains("update_rule"));
     }
 }
