@@ -115,10 +115,10 @@ fn bias(graph: &Graph, node: &Node, reads: &[u32], options: &Options) -> Option<
     cuda::takes_along(&spec, options).then_some(Bias { operand, weight, ty, expr })
 }
 
-/// The weight, rounded to a half type.
+/// The weight, an `f32`, rounded to a half type.
 fn cast(weight: &Weight, dtype: DType) -> Result<Weight, String> {
     let dims = weight.ty.sizes().into_iter().map(Dim::Static).collect();
-    let op = Op::Pointwise { expr: convert(dtype, dtype == DType::F16), dims };
+    let op = Op::Pointwise { expr: convert(DType::F32, dtype, dtype == DType::F16), dims };
     let recipe = weight.recipe.clone().then(op)?;
     Ok(Weight { name: weight.name.clone(), ty: weight.ty.with_dtype(dtype), recipe })
 }

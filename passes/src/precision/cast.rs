@@ -50,9 +50,12 @@ pub(super) fn free_slot(expr: &Expr) -> Option<u8> {
     u8::try_from(expr.slots()).ok()
 }
 
-/// The operand converted: from a half type to `f32`, or from `f32` to a half type.
-pub(crate) fn convert(to: DType, saturate: bool) -> Expr {
-    store(Expr::operand(0), to, saturate && to != DType::F32)
+/// The operand converted between `f32` and the half types, from one half type to the other by way of `f32`; where
+/// `saturate`, finite numbers stay finite.
+pub(crate) fn convert(from: DType, to: DType, saturate: bool) -> Expr {
+    let value = Expr::operand(0);
+    let single = if from == DType::F32 { value } else { value.cast(DType::F32) };
+    if to == DType::F32 { single } else { store(single, to, saturate) }
 }
 
 /// The same expression in `f32`: operands of the types `from` are converted where they are half types, and what was of
@@ -85,23 +88,41 @@ mod tests {
 
     use super::*;
 
-    fn converted(values: &[f32], to: DType, saturate: bool) -> Vec<f64> {
-        let x = Tensor::from_elements(&[values.len() as u64], values).unwrap();
-        let op = Op::Pointwise { expr: convert(to, saturate), dims: vec![Dim::Static(values.len() as u64)] };
-        let y = evaluate(&op, &[&x]).unwrap().remove(0);
+    fn converted(values: &[f32], through: Option<DType>, to: DType, saturate: bool) -> Vec<f64> {
+        let dims = vec![Dim::Static(values.len() as u64)];
+        let step = |from, to, saturate| Op::Pointwise { expr: convert(from, to, saturate), dims: dims.clone() };
+        let mut x = Tensor::from_elements(&[values.len() as u64], values).unwrap();
+        if let Some(half) = through {
+            x = evaluate(&step(DType::F32, half, false), &[&x]).unwrap().remove(0);
+        }
+        let y = evaluate(&step(through.unwrap_or(DType::F32), to, saturate), &[&x]).unwrap().remove(0);
         y.data.bytes().chunks_exact(2).map(|bytes| Scalar::from_bytes(to, bytes).unwrap().to_f64()).collect()
     }
 
     #[test]
     fn finite_numbers_stay_finite_and_infinities_stay() {
         let values = [f32::MIN, -70000.0, 1.5, 65519.0, 65520.0, f32::MAX, f32::INFINITY, f32::NEG_INFINITY];
-        let f16 = converted(&values, DType::F16, true);
+        let f16 = converted(&values, None, DType::F16, true);
         let inf = f64::INFINITY;
         assert_eq!(f16, [-65504.0, -65504.0, 1.5, 65504.0, 65504.0, 65504.0, inf, -inf]);
-        let bf16 = converted(&[f32::MIN, f32::NEG_INFINITY], DType::BF16, true);
+        let bf16 = converted(&[f32::MIN, f32::NEG_INFINITY], None, DType::BF16, true);
         assert_eq!(bf16, [-largest(DType::BF16), -inf]);
-        assert_eq!(converted(&[f32::MIN], DType::BF16, false), [-inf]);
-        assert!(converted(&[f32::NAN], DType::F16, true)[0].is_nan());
+        assert_eq!(converted(&[f32::MIN], None, DType::BF16, false), [-inf]);
+        assert!(converted(&[f32::NAN], None, DType::F16, true)[0].is_nan());
+    }
+
+    #[test]
+    fn one_half_type_becomes_the_other() {
+        let values = [-3.0e38, -70000.0, 1.5, f32::NEG_INFINITY];
+        let inf = f64::INFINITY;
+        let f16 = converted(&values, Some(DType::BF16), DType::F16, true);
+        assert_eq!(f16, [-65504.0, -65504.0, 1.5, -inf]);
+        let infinite = converted(&values, Some(DType::BF16), DType::F16, false);
+        assert_eq!(infinite, [-inf, -inf, 1.5, -inf]);
+        for saturate in [false, true] {
+            let bf16 = converted(&[65504.0, 1.5, f32::INFINITY], Some(DType::F16), DType::BF16, saturate);
+            assert_eq!(bf16, [65536.0, 1.5, inf]);
+        }
     }
 
     #[test]

@@ -104,7 +104,8 @@ impl<'a, 'b> Rebuild<'a, 'b> {
         if let Some(&cast) = self.casts.get(&(new, dtype, saturate)) {
             return Ok(cast);
         }
-        let op = Op::Pointwise { expr: convert(dtype, saturate), dims: old.ty.dims.clone() };
+        let from = self.graph.ty(new).dtype;
+        let op = Op::Pointwise { expr: convert(from, dtype, saturate), dims: old.ty.dims.clone() };
         let origin = self.old.producer(value).map_or_else(|| [].into(), |node| node.origin.clone());
         let cast = self.graph.add_one(op, &[new], &origin).map_err(|error| PassError::invalid(NAME, error))?;
         self.casts.insert((new, dtype, saturate), cast);

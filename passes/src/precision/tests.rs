@@ -1,5 +1,7 @@
 //! What each rule of the policy does and where it refuses, and that half types change results by their rounding alone.
 
+mod pairs;
+
 use cpu::evaluate;
 use cpu::recipe::{NoFiles, WeightBytes, WeightReadError, read_all};
 use ir::text::{graph_text, parse_lines};
@@ -13,15 +15,20 @@ use crate::shard::{MeshChoice, SPLIT_TABLE_BYTES, ShardOptions};
 
 const CPU: &str = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../fixtures/targets/cpu.json"));
 
-/// Files of noise, as `f32`.
+/// Types of the files of [`Noise`], in order.
+const FILES: [DType; 4] = [DType::F32, DType::F16, DType::BF16, DType::F64];
+
+/// Files of noise.
 struct Noise;
 
 impl WeightBytes for Noise {
-    fn read(&self, _: u32, offset: u64, into: &mut [u8]) -> Result<(), WeightReadError> {
+    fn read(&self, file: u32, offset: u64, into: &mut [u8]) -> Result<(), WeightReadError> {
+        let dtype = FILES[file as usize];
+        let bytes = dtype.bytes() as u64;
         for (byte, at) in into.iter_mut().zip(offset..) {
-            let element = (at / 4).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
+            let element = (at / bytes).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
             let value = (element as f32 / (1 << 24) as f32 - 0.5) / 4.0;
-            *byte = value.to_le_bytes()[(at % 4) as usize];
+            *byte = Scalar::from_f64(dtype, value.into()).to_bytes()[(at % bytes) as usize];
         }
         Ok(())
     }
@@ -29,7 +36,8 @@ impl WeightBytes for Noise {
 
 fn parse(text: &str) -> Module {
     let module = parse_lines(text).unwrap_or_else(|error| panic!("{error}\n{text}"));
-    Module { files: vec![SourceFile { name: "model.onnx".to_owned(), bytes: 1 << 30 }], ..module }
+    let files = FILES.map(|dtype| SourceFile { name: format!("{dtype}.onnx"), bytes: 1 << 30 });
+    Module { files: files.into(), ..module }
 }
 
 type Run = fn(Module, &Settings<'_>) -> Result<Module, PassError>;
@@ -99,8 +107,9 @@ fn outputs(module: &Module) -> Vec<Vec<f64>> {
         }
     }
     let output = |output: &ir::Output| {
-        let tensor = values[output.value.index()].clone().unwrap();
-        tensor.elements::<f32>().unwrap().iter().map(|&x| f64::from(x)).collect()
+        let Tensor { ty, data } = values[output.value.index()].clone().unwrap();
+        let elements = data.bytes().chunks_exact(ty.dtype.bytes());
+        elements.map(|bytes| Scalar::from_bytes(ty.dtype, bytes).unwrap().to_f64()).collect()
     };
     graph.outputs.iter().map(output).collect()
 }

@@ -4,7 +4,7 @@ use std::collections::{BTreeSet, HashMap};
 
 use cpu::evaluate;
 use ir::{Weight, WeightId};
-use planfile::{DType, Dim, Op, Recipe, Source, SpecNode, Tensor, TensorType};
+use planfile::{DType, Dim, Op, Recipe, Scalar, Source, SpecNode, Tensor, TensorType};
 
 use super::cast::{convert, exceeds, has_large_constant};
 use super::{CONSTANT_BYTES, NAME};
@@ -53,10 +53,10 @@ impl<'a> Weights<'a> {
             _ => false,
         };
         let inline = inputs.iter().any(|input| match (&input.source, input.ty.dtype) {
-            (Source::Inline(buffer), DType::F32) => buffer.bytes().chunks_exact(4).any(|bytes| {
-                let value = <[u8; 4]>::try_from(bytes).map(f32::from_le_bytes).unwrap_or_default();
-                exceeds(f64::from(value), self.dtype)
-            }),
+            (Source::Inline(buffer), dtype @ (DType::F32 | DType::BF16)) => {
+                let mut elements = buffer.bytes().chunks_exact(dtype.bytes());
+                elements.any(|bytes| Scalar::from_bytes(dtype, bytes).is_some_and(|x| exceeds(x.to_f64(), self.dtype)))
+            }
             _ => false,
         });
         inline || spec.nodes.iter().any(large)
@@ -91,7 +91,7 @@ impl<'a> Weights<'a> {
         // Trained weights never come near the limits of bf16, which are nearly those of f32; masks may lie there.
         let saturate = dtype == DType::F16 || self.exceeds(id);
         let dims = ty.sizes().into_iter().map(Dim::Static).collect();
-        let op = Op::Pointwise { expr: convert(dtype, saturate), dims };
+        let op = Op::Pointwise { expr: convert(ty.dtype, dtype, saturate), dims };
         let recipe = recipe.clone();
         if let (true, [input]) = (recipe.spec.nodes.is_empty(), recipe.inputs.as_slice())
             && let Source::Inline(data) = &input.source
