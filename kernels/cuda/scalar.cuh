@@ -261,6 +261,17 @@ template <typename T> DEVICE T mod(T a, T b) {
     const bool other_sign = remainder != static_cast<T>(0) && is_negative(remainder) != is_negative(b);
     return other_sign ? add(remainder, b) : remainder;
 }
+/// A zero has the sign of the divisor too.
+DEVICE f32 mod(f32 a, f32 b) {
+    const f32 remainder = fmodf(a, b);
+    if (remainder == 0) return copysignf(0.0f, b);
+    return (remainder < 0) == (b < 0) ? remainder : remainder + b;
+}
+DEVICE f64 mod(f64 a, f64 b) {
+    const f64 remainder = fmod(a, b);
+    if (remainder == 0) return copysign(0.0, b);
+    return (remainder < 0) == (b < 0) ? remainder : remainder + b;
+}
 
 /// By squaring, wrapping; negative powers truncate: 0 but for bases 1 and -1.
 template <typename T> DEVICE T pow(T base, T exponent) {

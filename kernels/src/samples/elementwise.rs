@@ -35,11 +35,16 @@ pub(super) fn pointwise(list: &mut List) {
         (Binary::Mul, BF16),
         (Binary::Div, I32),
         (Binary::Mod, I64),
+        (Binary::Mod, F32),
+        (Binary::Mod, F16),
+        (Binary::Mod, F64),
         (Binary::Rem, F32),
         (Binary::Max, F16),
         (Binary::Min, U8),
         (Binary::Xor, Bool),
         (Binary::ShiftRight, U16),
+        (Binary::ShiftRight, I8),
+        (Binary::ShiftLeft, I32),
         (Binary::Div, F64),
     ];
     for (binary, dtype) in binaries {

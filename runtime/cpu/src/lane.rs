@@ -252,7 +252,9 @@ macro_rules! float_lane {
                     Binary::Div => zip(dst, a, b, |a, b| a / b),
                     Binary::Mod => zip(dst, a, b, |a, b| {
                         let remainder = a % b;
-                        if remainder != 0.0 && (remainder < 0.0) != (b < 0.0) { remainder + b } else { remainder }
+                        let zero = <$float>::copysign(0.0, b);
+                        let same = if (remainder < 0.0) == (b < 0.0) { remainder } else { remainder + b };
+                        if remainder == 0.0 { zero } else { same }
                     }),
                     Binary::Rem => zip(dst, a, b, |a, b| a % b),
                     // Squares are what exporters spell norms with.
@@ -318,6 +320,15 @@ mod tests {
         assert_eq!(binary(Binary::Mod, 7u8, 0), 0);
         assert_eq!(binary(Binary::Mod, -7.5f32, 2.0), 0.5);
         assert_eq!(binary(Binary::Rem, -7.5f32, 2.0), -1.5);
+        assert_eq!(binary(Binary::Mod, 7.5f32, f32::NEG_INFINITY), f32::NEG_INFINITY);
+        assert_eq!(binary(Binary::Mod, 7.5f64, f64::INFINITY), 7.5);
+        for (a, b) in [(0.0f64, -2.0), (-6.0, 2.0), (6.0, -2.0), (-0.0, f64::INFINITY)] {
+            let zero = binary(Binary::Mod, a, b);
+            assert!(zero == 0.0 && zero.is_sign_negative() == b.is_sign_negative(), "{a} mod {b} is {zero}");
+        }
+        for (a, b) in [(f32::INFINITY, 2.0), (2.0, 0.0), (0.0, -0.0), (f32::NAN, 1.0), (1.0, f32::NAN)] {
+            assert!(binary(Binary::Mod, a, b).is_nan(), "{a} mod {b}");
+        }
     }
 
     #[test]

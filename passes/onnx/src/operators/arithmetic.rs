@@ -51,11 +51,9 @@ fn mean(ctx: &mut Context<'_>) -> Result<Vec<ValueId>, OpError> {
     Ok(vec![ctx.pointwise(Expr::operand(0).binary(Binary::Div, count), &[sum])?])
 }
 
+/// Floating-point operands of `fmod` = 0 are of opset 28; before, ONNX's reference divides them so, too.
 fn modulo(ctx: &mut Context<'_>) -> Result<Vec<ValueId>, OpError> {
     let fmod = ctx.flag("fmod", false)?;
-    if !fmod && ctx.dtype(ctx.operand(0)?).is_float() {
-        return Err(ctx.invalid("floating-point operands need attribute `fmod` = 1"));
-    }
     binary(ctx, if fmod { Binary::Rem } else { Binary::Mod })
 }
 
@@ -98,8 +96,20 @@ mod tests {
         assert_eq!(case("Div").one(), tensor(&[3], &[3i64, -3, -3]));
         assert_eq!(case("Mod").one(), tensor(&[3], &[1i64, 1, -1]));
         assert_eq!(case("Mod").int("fmod", 1).one(), tensor(&[3], &[1i64, -1, 1]));
-        let floats = Case::new("Mod", 13).input(tensor(&[1], &[1f32])).input(tensor(&[1], &[1f32]));
-        assert!(floats.error().contains("fmod"));
+    }
+
+    #[test]
+    fn remainders_of_floats_have_the_sign_of_either() {
+        let (a, b) = ([7f32, -7.5, 7.5, -6.0, 1.0, -1.0], [2f32, 2.0, -2.0, 2.0, f32::NEG_INFINITY, 0.5]);
+        for opset in [10, 13, 28] {
+            let case = || Case::new("Mod", opset).input(tensor(&[6], &a)).input(tensor(&[6], &b));
+            let floor = case().one();
+            assert_close(&floor, &[6], &[1.0, 0.5, -0.5, 0.0, f32::NEG_INFINITY, 0.0]);
+            // A zero has the sign of the divisor.
+            assert!(floor.elements::<f32>().unwrap()[3].is_sign_positive());
+            let truncated = case().int("fmod", 1).one();
+            assert_close(&truncated, &[6], &[1.0, -1.5, 1.5, 0.0, 1.0, 0.0]);
+        }
     }
 
     #[test]

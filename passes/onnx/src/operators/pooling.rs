@@ -105,8 +105,31 @@ fn pool_window(ctx: &Context<'_>, x: ValueId) -> Result<(Window, bool), OpError>
     if !ctx.has("kernel_shape") {
         return Err(ctx.invalid("attribute `kernel_shape` is missing"));
     }
-    let window = window(ctx, &sizes, positive(ctx, "kernel_shape", spatial)?)?;
-    Ok((window, ctx.flag("ceil_mode", false)?))
+    let mut window = window(ctx, &sizes, positive(ctx, "kernel_shape", spatial)?)?;
+    let ceil = ctx.flag("ceil_mode", false)?;
+    if ceil {
+        for (axis, &size) in sizes[2..].iter().enumerate() {
+            shorten(&mut window, axis, size);
+        }
+    }
+    Ok((window, ceil))
+}
+
+/// Shortens a window that is longer than the padded picture and, rounded up, takes one position all the same: taps
+/// behind the padding meet nothing and count for nothing. Exporters state windows of thousands for a global pool.
+fn shorten(window: &mut Window, axis: usize, size: u64) {
+    let (low, high) = window.pads[axis];
+    let (from, padded) = (i128::from(size) + i128::from(low), i128::from(size) + i128::from(low) + i128::from(high));
+    let dilation = i128::from(window.dilations[axis]);
+    let beyond = dilation * (i128::from(window.sizes[axis]) - 1) + 1 - padded;
+    let takes_one = 0 < beyond && beyond < i128::from(window.strides[axis]);
+    if let (true, true, Ok(stride)) = (takes_one, from > 0, u64::try_from(padded))
+        && let Some(last) = stride.checked_sub(1)
+    {
+        window.sizes[axis] = last / window.dilations[axis] + 1;
+        // So that the shorter window has no second position either.
+        window.strides[axis] = stride;
+    }
 }
 
 fn max_pool(ctx: &mut Context<'_>) -> Result<Vec<ValueId>, OpError> {
@@ -223,6 +246,32 @@ mod tests {
             |ceil| Case::new("MaxPool", 12).ints("kernel_shape", &[2]).ints("strides", &[2]).int("ceil_mode", ceil);
         assert_close(&case(0).input(ramp()).one(), &[1, 1, 2], &[2.0, 4.0]);
         assert_close(&case(1).input(ramp()).one(), &[1, 1, 3], &[2.0, 4.0, 9.0]);
+    }
+
+    #[test]
+    fn a_window_larger_than_the_picture_has_one_position_when_rounded_up() {
+        let case = |op: &str, kernel: i64, stride: i64| {
+            Case::new(op, 22).ints("kernel_shape", &[kernel]).ints("strides", &[stride]).int("ceil_mode", 1)
+        };
+        assert_close(&case("AveragePool", 2560, 2560).input(ramp()).one(), &[1, 1, 1], &[3.8]);
+        assert_close(&case("AveragePool", 6, 2).input(ramp()).one(), &[1, 1, 1], &[3.8]);
+        assert_close(&case("LpPool", 7, 3).int("p", 1).input(ramp()).one(), &[1, 1, 1], &[19.0]);
+        let maxima = case("MaxPool", 9, 9).outputs(2).input(ramp()).run();
+        assert_close(&maxima[0], &[1, 1, 1], &[9.0]);
+        assert_eq!(maxima[1], tensor(&[1, 1, 1], &[4i64]));
+        // At 0 and 4 only; from 1 of padding on, at 1 and 5.
+        assert_close(&case("MaxPool", 3, 7).ints("dilations", &[4]).input(ramp()).one(), &[1, 1, 1], &[9.0]);
+        let dilated = case("AveragePool", 3, 7).ints("dilations", &[4]).ints("pads", &[1, 0]).input(ramp());
+        assert_close(&dilated.clone().one(), &[1, 1, 1], &[4.0]);
+        assert_close(&dilated.int("count_include_pad", 1).one(), &[1, 1, 1], &[2.0]);
+        let padded = case("AveragePool", 9, 9).ints("pads", &[1, 2]).input(ramp());
+        assert_close(&padded.clone().one(), &[1, 1, 1], &[3.8]);
+        assert_close(&padded.int("count_include_pad", 1).one(), &[1, 1, 1], &[19.0 / 8.0]);
+        // By a whole stride too large: no position.
+        let error = case("MaxPool", 7, 2).input(ramp()).error();
+        assert!(error.contains("a window of extent 7 does not fit in 5"), "{error}");
+        let error = Case::new("MaxPool", 22).ints("kernel_shape", &[6]).ints("strides", &[6]).input(ramp()).error();
+        assert!(error.contains("a window of extent 6 does not fit in 5"), "{error}");
     }
 
     #[test]
