@@ -173,6 +173,10 @@ pub(super) fn attention(list: &mut List) {
         case(BF16, [1, 2, 2, 9, 70, 64, 64], None, 0.0, Some((BF16, &[9, 70]))),
         case(F16, [1, 2, 2, 9, 70, 64, 64], None, 0.0, Some((F16, &[9, 70]))),
         case(F32, [1, 2, 2, 9, 70, 64, 64], None, 0.0, Some((F32, &[9, 70]))),
+        // What windows and the lengths of samples hide: other keys for each sample and query.
+        case(F16, [2, 4, 2, 70, 200, 64, 64], None, 0.0, Some((Bool, &[2, 1, 70, 200]))),
+        case(BF16, [3, 4, 2, 2, 300, 64, 64], None, 0.0, Some((Bool, &[3, 1, 2, 300]))),
+        case(F32, [2, 4, 2, 40, 90, 32, 32], None, 3.0, Some((Bool, &[2, 1, 40, 90]))),
     ];
     for attend in &cases {
         let [b, h, g, s, t, d, e] = attend.sizes;

@@ -19,7 +19,7 @@ pub fn inputs(spec: &Spec, seed: u64) -> Vec<Tensor> {
         }
         match bounds_of(spec, &types, position) {
             Some(bounds) => indices(ty, &bounds, &mut random),
-            None if seed == 1 && is_additive_mask(spec, position, ty) => mask(ty, &mut random),
+            None if seed == 1 && is_mask(spec, position) => mask(ty, &mut random),
             None if seed == 1 && is_of_equals(spec, position) => equals(ty, &mut random),
             None => numbers(ty, seed == 2, special, &mut random),
         }
@@ -80,16 +80,24 @@ fn part_of_layer(ty: &TensorType, part: Recurrent, random: &mut Random) -> Tenso
     })
 }
 
-fn is_additive_mask(spec: &Spec, input: usize, ty: &TensorType) -> bool {
+fn is_mask(spec: &Spec, input: usize) -> bool {
     let is_mask = |op: &Op, operands: &[u32]| {
         matches!(op, Op::Attention { mask: true, .. }) && operands.get(3) == Some(&(input as u32))
     };
-    ty.dtype.is_float() && spec.nodes.iter().any(|node| is_mask(&node.op, &node.operands))
+    spec.nodes.iter().any(|node| is_mask(&node.op, &node.operands))
 }
 
-/// Rows that hide all, by infinity or by the lowest number, some of the lowest number, or nothing.
+/// Rows that hide all, by infinity or by the lowest number, some of the lowest number, or nothing. Of booleans: rows that
+/// hide all, all but the second half of the keys, all but the last, or some.
 fn mask(ty: &TensorType, random: &mut Random) -> Tensor {
     let keys = ty.sizes().last().copied().unwrap_or(1).max(1);
+    if ty.dtype == DType::Bool {
+        return tensor(ty, |position| {
+            let (row, key) = (position as u64 / keys, position as u64 % keys);
+            let from = [keys, keys / 2, keys - 1, 0][(row % 4) as usize];
+            Scalar::bool(key >= from && (from > 0 || random.next().is_multiple_of(2)))
+        });
+    }
     tensor(ty, |position| {
         let (hides, own) = (random.next().is_multiple_of(2), (random.next() % 401) as f64 / 100.0 - 2.0);
         let value = match position as u64 / keys % 4 {

@@ -1,12 +1,15 @@
 //! Attention and rotary embeddings, as the composite primitives.
 
+mod sight;
+
 use ir::ValueId;
-use planfile::op::Causal;
-use planfile::{Binary, Compare, DType, Dim, Expr, Op, Real, Scalar, Unary};
+use planfile::op::{Causal, Combine, ReduceKind};
+use planfile::{Binary, Compare, DType, Expr, Op, Real, Scalar, Unary};
 
 use super::quantization::element_type;
 use super::{Operator, row};
 use crate::context::{Context, OpError, number};
+use sight::Sight;
 
 #[rustfmt::skip]
 pub(super) const OPERATORS: &[Operator] = &[
@@ -17,6 +20,9 @@ pub(super) const OPERATORS: &[Operator] = &[
 fn attention(ctx: &mut Context<'_>) -> Result<Vec<ValueId>, OpError> {
     let (q, k, v) = (ctx.operand(0)?, ctx.operand(1)?, ctx.operand(2)?);
     let flat = ctx.rank(q) == 3;
+    if !flat && ctx.opset() >= 25 && (ctx.has("q_num_heads") || ctx.has("kv_num_heads")) {
+        return Err(ctx.invalid("`q_num_heads` and `kv_num_heads` are for operands of 3 dimensions"));
+    }
     let q = split_heads(ctx, q, "q_num_heads")?;
     let k = split_heads(ctx, k, "kv_num_heads")?;
     let v = split_heads(ctx, v, "kv_num_heads")?;
@@ -96,23 +102,9 @@ impl Scores {
         };
         let scale = if ctx.has("scale") { f64::from(ctx.float("scale", 1.0)?) } else { 1.0 / (features as f64).sqrt() };
         let mut mask = given_mask(ctx, q, keys)?;
-        // Query `i` sees keys `0..=past + i`, whichever part of the sequence the queries are.
-        let causal = match (ctx.flag("is_causal", false)?, past) {
-            (false, _) => None,
-            (true, Some(past)) if queries.checked_add(past) == Some(keys) => Some(Causal::FromEnd),
-            (true, None | Some(0)) => Some(Causal::FromStart),
-            (true, Some(past)) => {
-                let last = Expr::index(0).binary(Binary::Add, Expr::constant(Scalar::i64(past as i64)));
-                let expr = Expr::index(1).compare(Compare::Le, last);
-                let visible = ctx.emit(Op::Pointwise { expr, dims: dims(&[queries, keys]) }, &[])?;
-                mask = Some(restrict(ctx, mask, visible)?);
-                None
-            }
-        };
-        if let Some(lengths) = ctx.optional(6) {
-            let lengths = ctx.reshape(lengths, &[batch, 1, 1, 1])?;
-            let expr = Expr::index(3).compare(Compare::Lt, Expr::operand(0).cast(DType::I64));
-            let visible = ctx.emit(Op::Pointwise { expr, dims: dims(&[batch, 1, 1, keys]) }, &[lengths])?;
+        let sight = Sight::new(ctx, past)?;
+        let causal = sight.causal(queries, keys);
+        if let Some(visible) = sight.mask(ctx, causal.is_some(), [batch, queries, keys])? {
             mask = Some(restrict(ctx, mask, visible)?);
         }
         Ok(Self { scale, softcap: f64::from(ctx.float("softcap", 0.0)?).max(0.0), causal, mask })
@@ -161,12 +153,19 @@ impl Scores {
             };
         }
         let masked = ctx.pointwise(expr, &operands)?;
-        if mode == 2 { Ok(masked) } else { ctx.emit(Op::Softmax { axis: 3, log: false }, &[masked]) }
+        if mode == 2 {
+            return Ok(masked);
+        }
+        let weights = ctx.emit(Op::Softmax { axis: 3, log: false }, &[masked])?;
+        if self.mask.is_none() {
+            return Ok(weights);
+        }
+        // A query that sees nothing has weights of 0; its softmax is NaN.
+        let most =
+            ctx.emit(Op::Reduce { kind: ReduceKind::Combine(Combine::Max), axes: vec![3], keep: true }, &[masked])?;
+        let hides_all = Expr::operand(1).compare(Compare::Eq, hidden());
+        ctx.pointwise(hides_all.select(number(dtype, 0.0), Expr::operand(0)), &[weights, most])
     }
-}
-
-fn dims(sizes: &[u64]) -> Vec<Dim> {
-    sizes.iter().copied().map(Dim::Static).collect()
 }
 
 /// Input `attn_mask`: boolean or of the type of the queries. From opset 24 on it may end before the last key; what it
@@ -280,12 +279,111 @@ mod tests {
         assert_close(&both.one(), &[1, 1, 1, 1], &[3.0]);
     }
 
+    /// Lengths after queries, keys and values alone.
+    fn valid(case: Case, lengths: &[i64]) -> Case {
+        case.without().without().without().input(tensor(&[lengths.len() as u64], lengths))
+    }
+
+    #[test]
+    fn causal_queries_end_at_the_last_valid_key() {
+        // Two queries at the second and third of three valid keys; more queries than valid keys; no valid key.
+        let case = |length| valid(averages(24, 2, &[1.0, 3.0, 8.0, 100.0]).int("is_causal", 1), &[length]).one();
+        assert_close(&case(3), &[1, 1, 2, 1], &[2.0, 4.0]);
+        assert_close(&case(4), &[1, 1, 2, 1], &[4.0, 28.0]);
+        assert_close(&case(1), &[1, 1, 2, 1], &[0.0, 1.0]);
+        assert_close(&case(0), &[1, 1, 2, 1], &[0.0, 0.0]);
+    }
+
+    #[test]
+    fn each_sample_has_its_own_length() {
+        let two = |elements: &[f32]| tensor(&[2, 1, elements.len() as u64 / 2, 1], elements);
+        let case = Case::new("Attention", 24).int("is_causal", 1).input(two(&[1.0; 2])).input(two(&[0.0; 6]));
+        let case = valid(case.input(two(&[1.0, 3.0, 8.0, 1.0, 3.0, 8.0])), &[2, 3]);
+        assert_close(&case.one(), &[2, 1, 1, 1], &[2.0, 4.0]);
+    }
+
+    #[test]
+    fn a_mask_of_heads_joins_lengths_of_samples() {
+        let case = averages(24, 2, &[1.0, 3.0, 8.0, 100.0]).int("is_causal", 1);
+        let mask = bools(&[1, 2, 4], &[true, false, true, true, false, true, true, true]);
+        let case = case.input(mask).without().without().input(tensor(&[1], &[3i64]));
+        assert_close(&case.one(), &[1, 1, 2, 1], &[1.0, 5.5]);
+    }
+
+    #[test]
+    fn lengths_do_not_go_with_past_keys() {
+        let case = averages(24, 1, &[1.0]).without().input(column(&[0.0])).input(column(&[1.0]));
+        let error = case.input(tensor(&[1], &[1i64])).error();
+        assert!(error.contains("`nonpad_kv_seqlen` does not go together with past keys"), "{error}");
+    }
+
+    #[test]
+    fn windows_bound_what_is_seen_on_either_side() {
+        let case = |left, right, causal| {
+            let case = averages(25, 4, &[1.0, 3.0, 8.0, 12.0]).int("is_causal", causal);
+            case.int("left_window_size", left).int("right_window_size", right).one()
+        };
+        assert_close(&case(1, -1, 1), &[1, 1, 4, 1], &[1.0, 2.0, 5.5, 10.0]);
+        assert_close(&case(1, 0, 0), &[1, 1, 4, 1], &[1.0, 2.0, 5.5, 10.0]);
+        assert_close(&case(1, 3, 1), &[1, 1, 4, 1], &[1.0, 2.0, 5.5, 10.0]);
+        assert_close(&case(-1, 1, 0), &[1, 1, 4, 1], &[2.0, 4.0, 6.0, 6.0]);
+        assert_close(&case(0, 1, 0), &[1, 1, 4, 1], &[2.0, 5.5, 10.0, 12.0]);
+        assert_close(&case(0, 0, 0), &[1, 1, 4, 1], &[1.0, 3.0, 8.0, 12.0]);
+        assert_close(&case(i64::MAX, i64::MAX, 0), &[1, 1, 4, 1], &[6.0; 4]);
+        assert_close(&case(-1, -1, 0), &[1, 1, 4, 1], &[6.0; 4]);
+        let error = averages(25, 1, &[1.0]).int("left_window_size", -2).error();
+        assert!(error.contains("`left_window_size` is -2"), "{error}");
+    }
+
+    #[test]
+    fn windows_follow_the_past_and_lengths() {
+        let past = averages(25, 1, &[8.0]).int("left_window_size", 1).int("is_causal", 1).outputs(3).without();
+        let past = past.input(column(&[0.0, 0.0])).input(column(&[1.0, 2.0])).run();
+        assert_close(&past[0], &[1, 1, 1, 1], &[5.0]);
+        let case = |left, right, length| {
+            let case = averages(25, 2, &[1.0, 3.0, 8.0, 100.0]).int("left_window_size", left);
+            valid(case.int("right_window_size", right), &[length]).one()
+        };
+        // The queries are at the second and third key, of which the last is not valid.
+        assert_close(&case(0, -1, 3), &[1, 1, 2, 1], &[5.5, 8.0]);
+        assert_close(&case(0, 1, 3), &[1, 1, 2, 1], &[5.5, 8.0]);
+        assert_close(&case(1, 0, 3), &[1, 1, 2, 1], &[2.0, 5.5]);
+        // One valid key: the first query is before it.
+        assert_close(&case(1, 0, 1), &[1, 1, 2, 1], &[0.0, 1.0]);
+        assert_close(&case(0, 1, 1), &[1, 1, 2, 1], &[1.0, 1.0]);
+    }
+
+    #[test]
+    fn what_sees_nothing_has_no_weights() {
+        let case = |mode| {
+            let case = averages(23, 2, &[1.0, 3.0]).int("qk_matmul_output_mode", mode).outputs(4);
+            case.input(bools(&[2, 2], &[false, false, true, false])).run()
+        };
+        let results = case(3);
+        assert_close(&results[0], &[1, 1, 2, 1], &[0.0, 1.0]);
+        assert_close(&results[3], &[1, 1, 2, 2], &[0.0, 0.0, 1.0, 0.0]);
+        let hidden = f32::NEG_INFINITY;
+        assert_close(&case(2)[3], &[1, 1, 2, 2], &[hidden, hidden, 0.0, hidden]);
+        let case = averages(23, 1, &[1.0, 3.0]).int("qk_matmul_output_mode", 3).outputs(4);
+        let added = case.input(tensor(&[1, 2], &[hidden, hidden])).run();
+        assert_close(&added[3], &[1, 1, 1, 2], &[0.0, 0.0]);
+        let case = averages(24, 2, &[1.0, 3.0]).int("qk_matmul_output_mode", 3).int("is_causal", 1).outputs(4);
+        assert_close(&valid(case, &[1]).run()[3], &[1, 1, 2, 2], &[0.0, 0.0, 1.0, 0.0]);
+    }
+
     #[test]
     fn flat_heads_are_split_and_merged() {
         let flat = |elements: &[f32]| tensor(&[1, 2, 2], elements);
         let case = Case::new("Attention", 23).int("q_num_heads", 2).int("kv_num_heads", 1).input(flat(&[1.0; 4]));
         let case = case.input(tensor(&[1, 2, 1], &[0f32, 0.0])).input(tensor(&[1, 2, 2], &[1f32, 10.0, 3.0, 30.0]));
         assert_close(&case.one(), &[1, 2, 4], &[2.0, 20.0, 2.0, 20.0, 2.0, 20.0, 2.0, 20.0]);
+    }
+
+    #[test]
+    fn heads_that_are_apart_are_not_counted_by_attributes() {
+        let error = averages(25, 1, &[1.0]).int("kv_num_heads", 1).error();
+        assert!(error.contains("`q_num_heads` and `kv_num_heads` are for operands of 3 dimensions"), "{error}");
+        assert_close(&averages(24, 1, &[1.0]).int("kv_num_heads", 1).one(), &[1, 1, 1, 1], &[1.0]);
     }
 
     #[test]
