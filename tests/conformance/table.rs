@@ -264,9 +264,9 @@ const INTRODUCTION: &str = "\
 
 Written by `UPDATE_CONFORMANCE=1 cargo test --test conformance`; case by case in `results.tsv`.
 
-The backend node tests of the package `onnx` 1.22.0. Each core case is compiled with its inputs as samples (inputs that
-carry shapes are fixed by them) and run on one virtual device, then on two, for a machine whose links cost nothing, so
-that whatever can be split is:
+The backend node tests of the package `onnx` 1.23.2, written by `fixtures/node_tests.py`. Each core case is compiled with
+its inputs as samples (inputs that carry shapes are fixed by them) and run on one virtual device, then on two, for a
+machine whose links cost nothing, so that whatever can be split is:
 
 - `tensor=2`: the tensor axis, which splits weights; most cases have none;
 - `data=2`: the data axis, along the first dimension of the inputs;

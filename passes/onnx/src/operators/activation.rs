@@ -24,6 +24,7 @@ pub(super) const OPERATORS: &[Operator] = &[
     row("Shrink",          9,  shrink),
     row("Softplus",        1,  softplus),
     row("Softsign",        1,  softsign),
+    row("SwiGLU",          28, swiglu),
     row("Swish",           24, swish),
     row("ThresholdedRelu", 10, thresholded_relu),
 ];
@@ -167,6 +168,17 @@ fn swish(ctx: &mut Context<'_>) -> Result<Vec<ValueId>, OpError> {
     activation(ctx, |of| mul(of.x(), mul(of.n(alpha), of.x()).unary(Unary::Sigmoid)))
 }
 
+/// `swish(a) * b`, without broadcasting.
+fn swiglu(ctx: &mut Context<'_>) -> Result<Vec<ValueId>, OpError> {
+    let (gate, linear) = (ctx.operand(0)?, ctx.operand(1)?);
+    if ctx.sizes(gate) != ctx.sizes(linear) {
+        return Err(ctx.invalid(&format!("gate {} and linear input {} differ", ctx.ty(gate), ctx.ty(linear))));
+    }
+    let (alpha, of) = (ctx.float("alpha", 1.0)?, Of(ctx.dtype(gate)));
+    let swish = mul(of.x(), mul(of.n(alpha), of.x()).unary(Unary::Sigmoid));
+    Ok(vec![ctx.pointwise(mul(swish, Expr::operand(1)), &[gate, linear])?])
+}
+
 fn shrink(ctx: &mut Context<'_>) -> Result<Vec<ValueId>, OpError> {
     let (bias, lambd) = (ctx.float("bias", 0.0)?, ctx.float("lambd", 0.5)?);
     activation(ctx, |of| {
@@ -258,6 +270,16 @@ mod tests {
         check(tanh, [-0.045_402_3, -0.154_286, 0.345_714, 1.954_597_8]);
         let wrong = Case::new("Gelu", 20).string("approximate", "cubic").input(tensor(&[1], &[0f32]));
         assert!(wrong.error().contains("`cubic`"));
+    }
+
+    #[test]
+    fn a_gate_multiplies_what_is_of_its_shape() {
+        let x = || tensor(&[2], &[-2f32, 2.0]);
+        let case = Case::new("SwiGLU", 28).input(x()).input(tensor(&[2], &[3f32, 0.5]));
+        assert_close(&case.one(), &[2], &[-0.715_217_5, 0.880_797_1]);
+        assert_close(&case.float("alpha", 0.5).one(), &[2], &[-1.613_648_5, 0.731_058_6]);
+        let wrong = Case::new("SwiGLU", 28).input(x()).input(tensor(&[1], &[3f32]));
+        assert!(wrong.error().contains("gate f32[2] and linear input f32[1] differ"), "{}", wrong.error());
     }
 
     #[test]

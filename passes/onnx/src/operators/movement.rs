@@ -144,8 +144,13 @@ fn space_to_depth(ctx: &mut Context<'_>) -> Result<Vec<ValueId>, OpError> {
     if !h.is_multiple_of(block) || !w.is_multiple_of(block) {
         return Err(ctx.invalid(&format!("{h} by {w} is no multiple of {block}")));
     }
+    let permutation = match ctx.string("mode", "DCR")?.as_str() {
+        "DCR" => [0, 3, 5, 1, 2, 4],
+        "CRD" => [0, 1, 3, 5, 2, 4],
+        other => return Err(ctx.invalid(&format!("attribute `mode` is `{other}`, not `DCR` or `CRD`"))),
+    };
     let x = ctx.reshape(x, &[n, c, h / block, block, w / block, block])?;
-    let x = ctx.transpose(x, &[0, 3, 5, 1, 2, 4])?;
+    let x = ctx.transpose(x, &permutation)?;
     let result = [n, ctx.count(&[c, block, block])?, h / block, w / block];
     Ok(vec![ctx.reshape(x, &result)?])
 }
@@ -242,6 +247,9 @@ mod tests {
         assert_eq!(crd.one(), tensor(&[1, 2, 2, 2], &[0f32, 1., 2., 3., 4., 5., 6., 7.]));
         let back = Case::new("SpaceToDepth", 13).input(dcr.one()).int("blocksize", 2);
         assert_eq!(back.one(), counted(&[1, 8, 1, 1]));
+        let back = Case::new("SpaceToDepth", 28).input(crd.one()).int("blocksize", 2).string("mode", "CRD");
+        assert_eq!(back.one(), counted(&[1, 8, 1, 1]));
+        assert!(back.string("mode", "RCD").error().contains("attribute `mode` is `RCD`"));
         assert!(dcr.int("blocksize", 3).error().contains("8 channels"));
     }
 
