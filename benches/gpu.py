@@ -2,7 +2,7 @@
 """Times models on GPUs beside compiled PyTorch, in one call, and prints ratios.
 
     python3 benches/gpu.py --quick --out gpu.json             # one GPU, every work, about 8 minutes
-    python3 benches/gpu.py --gpus 4 --modes graph             # llama_block, split over 4 GPUs
+    python3 benches/gpu.py --gpus 4 --modes graph             # llama_block and llama_decode, split over 4 GPUs
     python3 benches/gpu.py --works resnet50,vit_b16 --binaries DIR
 
 For each work: `benches/models.py` writes the model, `compile` makes the plan, `plan bench` times it and, where asked
@@ -54,6 +54,8 @@ class Work:
     name: str
     dtype: str
     batches: tuple[int, ...] = (1, 32)
+    # Made of as many layers as asked for, and split over all GPUs on both sides.
+    layered: bool = False
 
 
 WORKS = {
@@ -63,20 +65,27 @@ WORKS = {
         Work("bert_base", "f16"),
         Work("vit_b16", "f16"),
         Work("bilstm", "f16"),
-        Work("llama_block", "bf16", batches=(1,)),
+        Work("llama_block", "bf16", batches=(1,), layered=True),
+        Work("llama_decode", "bf16", batches=(1, 16), layered=True),
     )
 }
 
+LAYERED = [name for name, work in WORKS.items() if work.layered]
 
-def random_inputs(work, batch, sequence):
+
+def random_inputs(work, batch, arguments):
     """Arrays by input name."""
     random = np.random.default_rng(0)
     if work.name == "bert_base":
         ids = random.integers(0, 30000, (batch, 128), np.int64)
         return {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
-    if work.name == "llama_block":
-        hidden = random.standard_normal((batch, sequence, 4096), np.float32)
-        return {"hidden": hidden.astype(ml_dtypes.bfloat16)}
+    if work.layered:
+        is_block = work.name == "llama_block"
+        shapes = {"hidden": (batch, arguments.sequence if is_block else 1, 4096)}
+        for layer in range(0 if is_block else arguments.layers):
+            shapes |= {f"past_{kind}_{layer}": (batch, 8, arguments.past, 128) for kind in ("key", "value")}
+        draw = lambda shape: random.standard_normal(shape, np.float32).astype(ml_dtypes.bfloat16)
+        return {name: draw(shape) for name, shape in shapes.items()}
     if work.name == "bilstm":
         return {"tokens": random.standard_normal((128, batch, 512), np.float32)}
     return {"pixels": random.standard_normal((batch, 3, 224, 224), np.float32)}
@@ -139,7 +148,7 @@ class Ours:
     def model(self, work):
         """The path of the model, written anew when `models.py` is younger."""
         flags, folder = [], self.arguments.models
-        if work.name == "llama_block":
+        if work.layered:
             folder = folder / f"llama_{self.arguments.layers}"
             flags = ["--layers", self.arguments.layers, "--dtype", work.dtype]
         path = folder / f"{work.name}.onnx"
@@ -159,6 +168,8 @@ class Ours:
         dims = [f"--dim=batch={batch}"]
         if work.name == "llama_block":
             dims.append(f"--dim=sequence={self.arguments.sequence}")
+        if work.name == "llama_decode":
+            dims.append(f"--dim=past={self.arguments.past}")
         self.stages.run(self.compiler, self.model(work), *dims, *flags, "-o", plan)
         return plan
 
@@ -166,7 +177,7 @@ class Ours:
         """The path of an archive."""
         path = self.scratch / f"{work.name}-{batch}.npz"
         if not path.exists():
-            np.savez(path, **random_inputs(work, batch, self.arguments.sequence))
+            np.savez(path, **random_inputs(work, batch, self.arguments))
         return path
 
     def bench(self, work, batch):
@@ -226,11 +237,12 @@ def peer_rows(work, arguments, stages, scratch):
             port = free.getsockname()[1]
         launcher += ["-m", "torch.distributed.run", f"--nproc-per-node={arguments.gpus}"]
         launcher += ["--master-addr=127.0.0.1", f"--master-port={port}"]
-    batches = [batch for batch in work.batches if work.name == "llama_block" or batch % arguments.gpus == 0]
+    batches = [batch for batch in work.batches if work.layered or batch % arguments.gpus == 0]
     if not batches:
         return [], f"no batch of {work.batches} can be split over {arguments.gpus} GPUs"
     command = [*launcher, BENCHES / "torch_peer.py", work.name, "--batches", *batches, "--modes", *arguments.modes]
     command += ["--runs", arguments.runs, "--layers", arguments.layers, "--sequence", arguments.sequence]
+    command += ["--past", arguments.past]
     failure = None
     try:
         stages.run(*command, "--out", out)
@@ -338,7 +350,7 @@ def version(package):
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ",".join(WORKS)
-    parser.add_argument("--works", help=f"of {names} [default: all; llama_block on several GPUs]")
+    parser.add_argument("--works", help=f"of {names} [default: all; {','.join(LAYERED)} on several GPUs]")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--modes", help=f"of torch_peer.py, the quickest counts; or none [default: {','.join(MODES)}]")
     parser.add_argument("--quick", action="store_true", help=f"--modes {','.join(QUICK_MODES)} --limit {QUICK_SECONDS}")
@@ -347,13 +359,14 @@ def parse_arguments():
     parser.add_argument("--models", type=Path, default=ROOT / "target" / "bench_models", help="where models go")
     parser.add_argument("--target", default="h200x4", help="of compile")
     parser.add_argument("--runs", type=int, default=50)
-    parser.add_argument("--layers", type=int, default=2, help="of llama_block")
+    parser.add_argument("--layers", type=int, default=2, help=f"of {' and '.join(LAYERED)}")
     parser.add_argument("--sequence", type=int, default=2048, help="of llama_block")
+    parser.add_argument("--past", type=int, default=2048, help="tokens in the cache of llama_decode")
     parser.add_argument("--steps", action=argparse.BooleanOptionalAction, default=True, help="also time each step")
     parser.add_argument("--check", action=argparse.BooleanOptionalAction, default=True, help="also find the error")
     parser.add_argument("--out", type=Path, help="JSON of everything measured; written after each stage")
     arguments = parser.parse_args()
-    chosen = (arguments.works or (names if arguments.gpus == 1 else "llama_block")).split(",")
+    chosen = (arguments.works or (names if arguments.gpus == 1 else ",".join(LAYERED))).split(",")
     unknown = [name for name in chosen if name not in WORKS]
     if unknown:
         parser.error(f"no work {unknown[0]}; there are {names}")

@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Writes the models that the benchmarks run: published architectures at full size, with seeded random weights.
 
-    python3 benches/models.py FOLDER [resnet50] [bert_base] [vit_b16] [bilstm] [llama_block] [--layers 2] [--dtype bf16]
+    python3 benches/models.py FOLDER [resnet50] [bert_base] [vit_b16] [bilstm] [llama_block] [llama_decode] [--layers 2]
+        [--dtype bf16]
 
-Each becomes FOLDER/NAME.onnx. All but the last are spelled as PyTorch's exporter spells them (opset 20, f32): batch
+Each becomes FOLDER/NAME.onnx. All but the last two are spelled as PyTorch's exporter spells them (opset 20, f32): batch
 normalisation folded into convolutions, attention as products around a softmax, GELU as an operator; the batch is
-symbolic. The last is a Llama-3-8B-shaped decoder without embedding and vocabulary, in the composite operators of opset
-23, with symbolic batch and sequence; weights of more than 1 GiB lie beside it in FOLDER/llama_block.weights. Needs
-`onnx` and `numpy`.
+symbolic. The last two are a Llama-3-8B-shaped decoder without embedding and vocabulary, in the composite operators of
+opset 23: over a whole sequence, of symbolic length, and over one token after a cache of symbolic length. Weights of more
+than 1 GiB lie beside a model, in FOLDER/NAME.weights. Needs `onnx` and `numpy`.
 """
 
 import argparse
@@ -218,8 +219,11 @@ def rotary_tables(positions, size, theta):
     return np.cos(angles), np.sin(angles)
 
 
-def llama_attention(g, x, tables, width, heads, kv_heads):
-    """Causal attention of grouped heads over `x`, `[batch, sequence, width]`; `tables`: cosines and sines."""
+def llama_attention(g, x, tables, width, heads, kv_heads, cache=None):
+    """Causal attention of grouped heads over `x`, `[batch, sequence, width]`; `tables`: cosines and sines.
+
+    With a cache, the names of past keys and values and of those with the new ones, `x` is one token after all others.
+    """
     size = width // heads
 
     def split(count):
@@ -229,7 +233,14 @@ def llama_attention(g, x, tables, width, heads, kv_heads):
 
     q = g.add("RotaryEmbedding", split(heads), *tables)
     k = g.add("RotaryEmbedding", split(kv_heads), *tables)
-    y = g.add("Attention", q, k, split(kv_heads), is_causal=1)
+    if cache is None:
+        y = g.add("Attention", q, k, split(kv_heads), is_causal=1)
+    else:
+        past, present = cache
+        both = [g.add("Concat", old, new, axis=2) for old, new in zip(past, (k, split(kv_heads)), strict=True)]
+        for value, name in zip(both, present, strict=True):
+            g.name_output(value, name)
+        y = g.add("Attention", q, *both)
     y = g.add("Reshape", g.add("Transpose", y, perm=[0, 2, 1, 3]), g.shape(0, 0, width))
     return g.add("MatMul", y, g.normal(width, width, scale=width**-0.5))
 
@@ -241,44 +252,74 @@ def llama_feed_forward(g, x, width, hidden):
     return g.add("MatMul", y, g.normal(hidden, width, scale=hidden**-0.5))
 
 
-def llama_block(
-    path, layers=2, dtype="bf16", width=4096, hidden=14336, heads=32, kv_heads=8, positions=8192, theta=5e5
+def llama_block(path, **shape):
+    """Decoder layers over hidden states at positions 0, 1, …"""
+    llama(path, "sequence", has_cache=False, **shape)
+
+
+def llama_decode(path, **shape):
+    """The same over one token, with caches that the model makes longer by concatenation."""
+    llama(path, 1, has_cache=True, **shape)
+
+
+def llama(
+    path,
+    sequence,
+    has_cache,
+    layers=2,
+    dtype="bf16",
+    width=4096,
+    hidden=14336,
+    heads=32,
+    kv_heads=8,
+    positions=8192,
+    theta=5e5,
 ):
-    """Decoder layers over hidden states at positions 0, 1, …, of which there are at most `positions`."""
+    """There are at most `positions`."""
     array_type, element_type = DTYPES[dtype]
     g = Graph(3, opset=23, dtype=array_type)
-    batch, sequence = (g.add("Shape", "hidden", start=axis, end=axis + 1) for axis in (0, 1))
+    batch, count = (g.add("Shape", "hidden", start=axis, end=axis + 1) for axis in (0, 1))
+    first = g.add("Shape", "past_key_0", start=2, end=3) if has_cache else g.shape(0)
+    last = g.add("Add", first, count) if has_cache else count
     # Without position numbers, the operator wants `[batch, sequence, size / 2]`: constant once dimensions are bound.
-    every = g.add("Concat", batch, sequence, g.shape(width // heads // 2), axis=0)
+    every = g.add("Concat", batch, count, g.shape(width // heads // 2), axis=0)
     tables = []
     for table in rotary_tables(positions, width // heads, theta):
-        rows = g.add("Slice", g.constant(table.astype(array_type)), g.shape(0), sequence, g.shape(0))
+        rows = g.add("Slice", g.constant(table.astype(array_type)), first, last, g.shape(0))
         tables.append(g.add("Expand", rows, every))
+    shape = ["batch", sequence, width]
+    inputs, outputs = [("hidden", element_type, shape)], [("result", element_type, shape)]
     x = "hidden"
-    for _ in range(layers):
-        x = g.add("Add", x, llama_attention(g, g.rms_norm(x, width, 1e-5), tables, width, heads, kv_heads))
+    for layer in range(layers):
+        cache = None
+        if has_cache:
+            cache = [[f"{when}_{kind}_{layer}" for kind in ("key", "value")] for when in ("past", "present")]
+            for names, ports, length in zip(cache, (inputs, outputs), ("past", "total"), strict=True):
+                ports += [(name, element_type, ["batch", kv_heads, length, width // heads]) for name in names]
+        normed = g.rms_norm(x, width, 1e-5)
+        x = g.add("Add", x, llama_attention(g, normed, tables, width, heads, kv_heads, cache))
         x = g.add("Add", x, llama_feed_forward(g, g.rms_norm(x, width, 1e-5), width, hidden))
     g.name_output(x, "result")
-    shape = ["batch", "sequence", width]
-    g.save(path, [("hidden", element_type, shape)], [("result", element_type, shape)])
+    g.save(path, inputs, outputs)
 
 
-MODELS = {builder.__name__: builder for builder in (resnet50, bert_base, vit_b16, bilstm, llama_block)}
+MODELS = {builder.__name__: builder for builder in (resnet50, bert_base, vit_b16, bilstm, llama_block, llama_decode)}
+LAYERED = ("llama_block", "llama_decode")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MODELS)}; all unless given")
-    parser.add_argument("--layers", type=int, default=2, help="of llama_block")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of llama_block")
+    parser.add_argument("--layers", type=int, default=2, help="of llama_block and llama_decode")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of llama_block and llama_decode")
     arguments = parser.parse_args()
     unknown = [name for name in arguments.names if name not in MODELS]
     if unknown:
         parser.error(f"no model {unknown[0]}; there are {', '.join(MODELS)}")
     arguments.folder.mkdir(parents=True, exist_ok=True)
     for name in arguments.names or MODELS:
-        flags = {"layers": arguments.layers, "dtype": arguments.dtype} if name == "llama_block" else {}
+        flags = {"layers": arguments.layers, "dtype": arguments.dtype} if name in LAYERED else {}
         MODELS[name](arguments.folder / f"{name}.onnx", **flags)
         print(f"wrote {arguments.folder / name}.onnx")
 

@@ -4,8 +4,8 @@
     python3 benches/torch_peer.py resnet50 --batches 1 32 --modes reduce-overhead --out peer.json
     python3 -m torch.distributed.run --nproc-per-node 4 benches/torch_peer.py llama_block --out peer.json
 
-Half precision: f16, and bf16 for the decoder. In several processes, `llama_block` is split as in Megatron, two
-all-reduces a layer over NCCL; of the others each process takes its share of the batch, and the slowest counts. Needs
+Half precision: f16, and bf16 for the decoder. In several processes, `llama_block` and `llama_decode` are split as in
+Megatron, two all-reduces a layer over NCCL; of the others each process takes its share of the batch, and the slowest counts. Needs
 `torch`, `torchvision` and `transformers`. `benches/gpu.py` calls this.
 """
 
@@ -100,6 +100,13 @@ def llama_block(batch, device, arguments):
     return model, torch.randn(batch, arguments.sequence, Decoder.WIDTH, device=device, dtype=torch.bfloat16)
 
 
+def llama_decode(batch, device, arguments):
+    """One token after a cache, into whose last place each run writes: nothing is copied, as the model of ours does."""
+    with torch.device(device):
+        model = Decoder(arguments.layers, 1, arguments.past, batch).eval().to(torch.bfloat16)
+    return model, torch.randn(batch, 1, Decoder.WIDTH, device=device, dtype=torch.bfloat16)
+
+
 class Decoder(torch.nn.Module):
     """This rank's share of Llama-3-8B-shaped decoder layers: heads and the hidden dimension are split.
 
@@ -108,14 +115,22 @@ class Decoder(torch.nn.Module):
 
     WIDTH, HIDDEN, HEADS, KV_HEADS, SIZE, THETA = 4096, 14336, 32, 8, 128, 5e5
 
-    def __init__(self, layers, sequence):
+    def __init__(self, layers, sequence, past=0, batch=1):
+        """With `past`, tokens come after a cache of as many."""
         super().__init__()
         world = world_size()
         if self.KV_HEADS % world:
             sys.exit(f"{world} processes do not divide {self.KV_HEADS} heads; take 1, 2, 4 or 8")
         self.heads, self.kv_heads, self.hidden = self.HEADS // world, self.KV_HEADS // world, self.HIDDEN // world
         self.layers = torch.nn.ModuleList(self.layer() for _ in range(layers))
-        angles = torch.outer(torch.arange(sequence), self.THETA ** (-torch.arange(0, self.SIZE, 2) / self.SIZE))
+        self.past = past
+        for index in range(layers if past else 0):
+            for kind in ("keys", "values"):
+                cache = torch.randn(batch, self.kv_heads, past + sequence, self.SIZE)
+                self.register_buffer(f"{kind}_{index}", cache)
+        positions = torch.arange(past, past + sequence)
+        self.register_buffer("positions", positions)
+        angles = torch.outer(positions, self.THETA ** (-torch.arange(0, self.SIZE, 2) / self.SIZE))
         self.register_buffer("cos", angles.cos())
         self.register_buffer("sin", angles.sin())
 
@@ -136,21 +151,24 @@ class Decoder(torch.nn.Module):
         })  # fmt: skip
 
     def forward(self, x):
-        for layer in self.layers:
-            x = x + total(self.attention(layer, self.norm(x, layer["attention_norm"])))
+        for index, layer in enumerate(self.layers):
+            x = x + total(self.attention(index, layer, self.norm(x, layer["attention_norm"])))
             x = x + total(self.feed_forward(layer, self.norm(x, layer["feed_forward_norm"])))
         return x
 
     def norm(self, x, scale):
         return functional.rms_norm(x, (self.WIDTH,), scale, 1e-5)
 
-    def attention(self, layer, x):
+    def attention(self, index, layer, x):
         batch, sequence, _ = x.shape
         counts = [self.heads, self.kv_heads, self.kv_heads]
         parts = functional.linear(x, layer["qkv"]).split([count * self.SIZE for count in counts], -1)
         q, k, v = (part.view(batch, sequence, -1, self.SIZE).transpose(1, 2) for part in parts)
         q, k = self.rotate(q), self.rotate(k)
-        y = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        if self.past:
+            k = self.get_buffer(f"keys_{index}").index_copy_(2, self.positions, k)
+            v = self.get_buffer(f"values_{index}").index_copy_(2, self.positions, v)
+        y = functional.scaled_dot_product_attention(q, k, v, is_causal=not self.past, enable_gqa=True)
         return functional.linear(y.transpose(1, 2).reshape(batch, sequence, -1), layer["output"])
 
     def rotate(self, x):
@@ -167,7 +185,9 @@ def total(x):
     return x if world_size() == 1 else collectives.all_reduce(x, "sum", torch.distributed.group.WORLD)
 
 
-WORKS = {build.__name__: build for build in (resnet50, bert_base, vit_b16, bilstm, llama_block)}
+WORKS = {build.__name__: build for build in (resnet50, bert_base, vit_b16, bilstm, llama_block, llama_decode)}
+# Split over all processes as they are; of others each takes its share of the batch.
+SPLIT = ("llama_block", "llama_decode")
 
 
 def compiled(model, x, mode):
@@ -218,7 +238,7 @@ def measure(work, batch, mode, arguments):
     """One row of the report; batch and mode as asked for."""
     torch.compiler.reset()
     torch.cuda.empty_cache()
-    share = batch if work == "llama_block" else batch // world_size()
+    share = batch if work in SPLIT else batch // world_size()
     model, x = WORKS[work](share, "cuda", arguments)
     start = time.perf_counter()
     call = compiled(model, x, mode)
@@ -252,12 +272,13 @@ def main():
     parser.add_argument("--batches", nargs="+", type=int, default=[1])
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["reduce-overhead"])
     parser.add_argument("--runs", type=int, default=50)
-    parser.add_argument("--layers", type=int, default=2, help="of llama_block")
+    parser.add_argument("--layers", type=int, default=2, help="of llama_block and llama_decode")
     parser.add_argument("--sequence", type=int, default=2048, help="of llama_block")
+    parser.add_argument("--past", type=int, default=2048, help="tokens in the cache of llama_decode")
     parser.add_argument("--out", type=Path, required=True, help="JSON; written after each measurement")
     arguments = parser.parse_args()
     split = [batch for batch in arguments.batches if batch % world_size()]
-    if arguments.work != "llama_block" and split:
+    if arguments.work not in SPLIT and split:
         parser.error(f"batch {split[0]} cannot be split over {world_size()} processes")
     if not torch.cuda.is_available():
         sys.exit("PyTorch finds no GPU; look at `nvidia-smi`, and at whether this PyTorch is built for CUDA")

@@ -1,37 +1,8 @@
 // Scaled dot-product attention, a tile of queries for each block, keys and values in passing (Dao et al., 2022).
 //
-// Above: Index, Element, Mask, HEADS, HEADS_PER_GROUP, QUERIES, KEYS, FEATURES, VALUES, SCALE, SOFTCAP, HAS_SOFTCAP,
-// CAUSAL, MASK, strides X_BATCH, X_HEAD, X_ROW, X_COLUMN of Q, K, V, M and O, and offsets X_START; then what each of
-// the two ways needs.
-
-enum : int { CAUSAL_NONE, CAUSAL_FROM_START, CAUSAL_FROM_END };
-enum : int { MASK_NONE, MASK_BOOL, MASK_ADD };
-
-typedef Computed<Element> Value;
-
-/// Keys that a query sees, from the first on.
-DEVICE int visible(int query) {
-    if constexpr (CAUSAL == CAUSAL_NONE) return KEYS;
-    const i64 count = static_cast<i64>(query) + 1 + (CAUSAL == CAUSAL_FROM_END ? static_cast<i64>(KEYS) - QUERIES : 0);
-    return count < 0 ? 0 : count < KEYS ? static_cast<int>(count) : KEYS;
-}
-
-/// The score as the softmax takes it. In natural units: a mask of the lowest number a type has stays finite.
-template <typename T>
-DEVICE T adjusted(T product, const Mask* mask) {
-    T score = product * static_cast<T>(SCALE);
-    if constexpr (HAS_SOFTCAP) score = static_cast<T>(SOFTCAP) * scalar::tanh(score / static_cast<T>(SOFTCAP));
-    if constexpr (MASK == MASK_ADD) score += static_cast<T>(widen(*mask));
-    if constexpr (MASK == MASK_BOOL) {
-        if (widen(*mask) == 0) score = Traits<T>::lowest();
-    }
-    return score;
-}
+// Above: attention.cuh; then what each of the two ways needs.
 
 #if ATTENTION_TILES
-
-// Tensor cores. Fragments as the PTX manual lays them out for mma.m16n8k16: a thread holds rows `lane / 4` and that
-// plus 8, columns `lane % 4 * 2` and the one after it.
 
 constexpr int THREADS = 32 * WARPS;
 constexpr int QUERY_TILE = 16 * WARPS;
@@ -42,83 +13,6 @@ constexpr int FEATURE_PITCH = FEATURES_PADDED + 8;
 constexpr int VALUE_PITCH = VALUES_PADDED + 8;
 constexpr int FEATURE_STEPS = FEATURES_PADDED / 16;
 constexpr int VALUE_STEPS = VALUES_PADDED / 16;
-constexpr f32 LOG2_E = 1.4426950408889634f;
-
-DEVICE u32 shared_address(const void* pointer) { return static_cast<u32>(__cvta_generic_to_shared(pointer)); }
-
-DEVICE void copy_async(u16* to, const u16* from, bool is_inside) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                 :
-                 : "r"(shared_address(to)), "l"(__cvta_generic_to_global(from)), "r"(is_inside ? 16 : 0)
-                 : "memory");
-}
-DEVICE void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int PENDING>
-DEVICE void wait() { asm volatile("cp.async.wait_group %0;" : : "n"(PENDING) : "memory"); }
-
-DEVICE void load_matrices(u32 (&to)[4], const u16* from) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(shared_address(from))
-                 : "memory");
-}
-DEVICE void load_matrices_transposed(u32 (&to)[4], const u16* from) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(shared_address(from))
-                 : "memory");
-}
-
-DEVICE void multiply(f32 (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, f16) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-DEVICE void multiply(f32 (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, bf16) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-DEVICE u32 pair(f32 low, f32 high, f16) {
-    u32 both;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-    return both;
-}
-DEVICE u32 pair(f32 low, f32 high, bf16) {
-    u32 both;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-    return both;
-}
-
-DEVICE f32 power_of_two(f32 x) {
-    f32 y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-DEVICE f32 exponential(f32 x) { return power_of_two(x * LOG2_E); }
-
-/// Copies `ROWS` rows of `WIDTH` elements, those from `rows` on and the padding as zeros.
-template <int ROWS, int WIDTH, int PADDED, bool IS_WIDE, u64 ROW, u64 COLUMN>
-DEVICE void load_tile(u16* to, const u16* from, int rows) {
-    constexpr int PITCH = PADDED + 8;
-    constexpr int UNIT = IS_WIDE ? 8 : 1;
-    constexpr int UNITS = PADDED / UNIT;
-#pragma unroll 4
-    for (int i = threadIdx.x; i < ROWS * UNITS; i += THREADS) {
-        const int row = i / UNITS, column = i % UNITS * UNIT;
-        const bool is_inside = row < rows && column < WIDTH;
-        const u16* source = from + (is_inside ? row * static_cast<Index>(ROW) + column * static_cast<Index>(COLUMN) : 0);
-        u16* target = to + row * PITCH + column;
-        if constexpr (IS_WIDE) {
-            copy_async(target, source, is_inside);
-        } else {
-            *target = is_inside ? *source : static_cast<u16>(0);
-        }
-    }
-}
 
 DEVICE void attention_tiles(
     const void* q_input, const void* k_input, const void* v_input, const Mask* mask_input, void* output) {
@@ -152,9 +46,13 @@ DEVICE void attention_tiles(
         }
     }
 
-    load_tile<QUERY_TILE, FEATURES, FEATURES_PADDED, Q_IS_WIDE, Q_ROW, Q_COLUMN>(q_tile, q, QUERIES - first);
+    load_tile<THREADS, QUERY_TILE, FEATURES, FEATURES_PADDED, FEATURE_PITCH, Q_IS_WIDE, Q_ROW, Q_COLUMN>(
+        q_tile, q, QUERIES - first, threadIdx.x);
     commit();
-    if (limit > 0) load_tile<KEY_TILE, FEATURES, FEATURES_PADDED, K_IS_WIDE, K_ROW, K_COLUMN>(k_tile, k, limit);
+    if (limit > 0) {
+        load_tile<THREADS, KEY_TILE, FEATURES, FEATURES_PADDED, FEATURE_PITCH, K_IS_WIDE, K_ROW, K_COLUMN>(
+            k_tile, k, limit, threadIdx.x);
+    }
     commit();
 
     // Where this lane points `ldmatrix`: left operands and transposed right ones, right ones.
@@ -184,8 +82,8 @@ DEVICE void attention_tiles(
         // The keys are there, and nobody reads the values before any more.
         wait<0>();
         __syncthreads();
-        load_tile<KEY_TILE, VALUES, VALUES_PADDED, V_IS_WIDE, V_ROW, V_COLUMN>(
-            v_tile, v + static_cast<Index>(start) * V_ROW, limit - start);
+        load_tile<THREADS, KEY_TILE, VALUES, VALUES_PADDED, VALUE_PITCH, V_IS_WIDE, V_ROW, V_COLUMN>(
+            v_tile, v + static_cast<Index>(start) * V_ROW, limit - start, threadIdx.x);
         commit();
 
         f32 scores[8][4];
@@ -214,8 +112,8 @@ DEVICE void attention_tiles(
         __syncthreads();
         const int next = start + KEY_TILE;
         if (next < limit) {
-            load_tile<KEY_TILE, FEATURES, FEATURES_PADDED, K_IS_WIDE, K_ROW, K_COLUMN>(
-                k_tile, k + static_cast<Index>(next) * K_ROW, limit - next);
+            load_tile<THREADS, KEY_TILE, FEATURES, FEATURES_PADDED, FEATURE_PITCH, K_IS_WIDE, K_ROW, K_COLUMN>(
+                k_tile, k + static_cast<Index>(next) * K_ROW, limit - next, threadIdx.x);
         }
         commit();
 

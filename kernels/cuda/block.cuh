@@ -1,5 +1,8 @@
 // What kernels share whose threads work together: exchanges between lanes and reductions over groups of threads.
 
+/// Where a place in shared memory is, as instructions want it.
+DEVICE u32 shared_address(const void* pointer) { return static_cast<u32>(__cvta_generic_to_shared(pointer)); }
+
 /// `x` after `exchange` has replaced each of its words, of four bytes, by another lane's.
 template <typename T, typename F>
 DEVICE T by_words(T x, F exchange) {

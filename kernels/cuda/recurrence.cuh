@@ -57,44 +57,6 @@ union Bits {
     DEVICE Bits() {}
 };
 
-// ---- The cluster -------------------------------------------------------------------------------------------------
-
-DEVICE void store_remote(u32 to, f32 x) {
-    asm volatile("st.shared::cluster.f32 [%0], %1;" : : "r"(to), "f"(x) : "memory");
-}
-DEVICE void store_remote(u32 to, f64 x) {
-    asm volatile("st.shared::cluster.f64 [%0], %1;" : : "r"(to), "d"(x) : "memory");
-}
-template <typename T>
-DEVICE void store_remote(u32 to, T x) {
-    asm volatile("st.shared::cluster.b16 [%0], %1;" : : "r"(to), "h"(x.bits) : "memory");
-}
-
-/// Writes to the same place in the shared memory of all blocks of the cluster.
-template <typename T>
-DEVICE void share(T* to, T x) {
-    if constexpr (BLOCKS == 1) {
-        *to = x;
-    } else {
-        const u32 own = static_cast<u32>(__cvta_generic_to_shared(to));
-#pragma unroll
-        for (int rank = 0; rank < BLOCKS; ++rank) {
-            u32 remote;
-            asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(own), "r"(rank));
-            store_remote(remote, x);
-        }
-    }
-}
-
-/// Waits for all threads of the cluster, and sees what they wrote. All of them must call it equally often.
-DEVICE void meet() {
-    if constexpr (BLOCKS == 1) {
-        __syncthreads();
-    } else {
-        asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" : : : "memory");
-    }
-}
-
 // ---- Weights -----------------------------------------------------------------------------------------------------
 
 struct Place {

@@ -12,6 +12,7 @@ mod convolution;
 mod curve;
 mod epilogue;
 mod generated;
+mod machine;
 mod norm;
 mod product;
 mod recurrence;
@@ -23,6 +24,7 @@ mod top_k;
 mod transpose;
 mod view;
 
+pub use attention::FEW_QUERIES;
 pub use convolution::{channels_first, channels_last};
 
 /// What is compiled for, and how.

@@ -22,6 +22,7 @@ pub fn samples() -> Vec<Sample> {
     blocks::softmax(&mut list);
     blocks::norm(&mut list);
     blocks::attention(&mut list);
+    blocks::attention_of_few(&mut list);
     blocks::transpose(&mut list);
     blocks::scatter(&mut list);
     blocks::scan(&mut list);

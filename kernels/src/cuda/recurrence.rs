@@ -14,12 +14,17 @@ use planfile::{DType, Expr, Op, Spec};
 
 use super::block::{Only, Shape, Unit};
 use super::generated::function;
+use super::machine::{CLUSTER_MAX, Machine};
 use super::{Launch, Options};
 
-const BODY: &str = concat!(include_str!("../../cuda/recurrence.cuh"), "\n", include_str!("../../cuda/recurrence.cu"));
+const BODY: &str = concat!(
+    include_str!("../../cuda/cluster.cuh"),
+    "\n",
+    include_str!("../../cuda/recurrence.cuh"),
+    "\n",
+    include_str!("../../cuda/recurrence.cu"),
+);
 
-/// Blocks of a cluster that every device with clusters can run.
-const CLUSTER_MAX: u64 = 8;
 /// Blocks that surely run at once: with clusters, not all multiprocessors of a GPU are of use.
 const BLOCKS_AT_ONCE: u64 = 112;
 /// The same where weights are read in each step: they share the second-level cache.
@@ -36,26 +41,6 @@ const REGISTERS_MAX: u64 = 224;
 const TILES_HELD_MAX: u64 = 2;
 /// Elements that a thread reads ahead, at most.
 const AHEAD_MAX: u64 = 8;
-
-/// Shared memory of a block, and whether blocks form clusters.
-#[derive(Clone, Copy, Debug)]
-struct Machine {
-    shared_bytes: u64,
-    clusters: bool,
-}
-
-impl Machine {
-    fn of(architecture: &str) -> Self {
-        let number = architecture.trim_start_matches("sm_").trim_end_matches(['a', 'f']);
-        let shared = match number {
-            "80" | "87" => 163,
-            "90" | "100" | "103" | "110" => 227,
-            _ => 99,
-        };
-        let clusters = number.parse::<u32>().is_ok_and(|number| number >= 90);
-        Self { shared_bytes: shared << 10, clusters }
-    }
-}
 
 /// What is computed.
 #[derive(Clone, Copy, Debug)]

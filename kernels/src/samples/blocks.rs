@@ -138,6 +138,12 @@ impl Attend<'_> {
         let scale = Real(1.0 / (self.sizes[5].max(1) as f64).sqrt());
         Op::Attention { scale, causal: self.causal, softcap: Real(self.softcap), mask: self.mask.is_some() }
     }
+
+    fn inputs(&self) -> Vec<planfile::TensorType> {
+        let [b, h, g, s, t, d, e] = self.sizes;
+        let operands = [[b, h, s, d], [b, g, t, d], [b, g, t, e]].map(|sizes| ty(self.dtype, &sizes));
+        operands.into_iter().chain(self.mask.map(|(dtype, sizes)| ty(dtype, sizes))).collect()
+    }
 }
 
 pub(super) fn attention(list: &mut List) {
@@ -179,10 +185,7 @@ pub(super) fn attention(list: &mut List) {
         case(F32, [2, 4, 2, 40, 90, 32, 32], None, 3.0, Some((Bool, &[2, 1, 40, 90]))),
     ];
     for attend in &cases {
-        let [b, h, g, s, t, d, e] = attend.sizes;
-        let mut inputs: Vec<_> = [[b, h, s, d], [b, g, t, d], [b, g, t, e]].map(|n| ty(attend.dtype, &n)).into();
-        inputs.extend(attend.mask.map(|(dtype, sizes)| ty(dtype, sizes)));
-        list.one(attend.op(), inputs);
+        list.one(attend.op(), attend.inputs());
     }
     for attend in &cases[..3] {
         list.spec(heads_last(attend));
@@ -192,6 +195,41 @@ pub(super) fn attention(list: &mut List) {
     list.spec(packed(&cases[0], 8));
     list.spec(packed(&cases[5], 0));
     list.spec(heads_last(&cases[16]));
+}
+
+/// Few query rows, whose keys are split: one and several queries, groups of one head and of many, many keys and few.
+pub(super) fn attention_of_few(list: &mut List) {
+    let start = Some(Causal::FromStart);
+    let end = Some(Causal::FromEnd);
+    let case = |dtype, sizes, causal, softcap, mask| Attend { dtype, sizes, causal, softcap, mask };
+    let cases = [
+        case(BF16, [1, 32, 8, 1, 2048, 128, 128], None, 0.0, None),
+        case(F16, [1, 16, 4, 1, 2049, 128, 128], end, 0.0, None),
+        case(F32, [1, 8, 2, 1, 1100, 128, 128], end, 0.0, None),
+        case(F64, [1, 4, 2, 3, 700, 64, 72], end, 0.0, None),
+        case(BF16, [2, 3, 3, 1, 777, 64, 64], None, 0.0, None),
+        case(F16, [1, 71, 1, 1, 600, 64, 64], None, 0.0, None),
+        case(BF16, [1, 16, 2, 5, 333, 128, 128], end, 0.0, None),
+        case(F16, [1, 4, 2, 16, 515, 256, 256], end, 0.0, None),
+        case(F16, [3, 6, 2, 7, 300, 20, 36], start, 0.0, None),
+        case(F16, [1, 3, 1, 2, 1300, 33, 7], None, 0.0, None),
+        case(BF16, [1, 2, 1, 4, 1030, 192, 40], end, 30.0, None),
+        case(F16, [20, 8, 8, 1, 45, 64, 64], None, 0.0, None),
+        case(F16, [1, 2, 1, 12, 3, 64, 64], end, 0.0, None),
+        case(F16, [2, 4, 2, 1, 530, 64, 64], None, 0.0, Some((Bool, &[2, 1, 1, 530]))),
+        case(BF16, [2, 4, 2, 3, 530, 64, 64], end, 5.0, Some((BF16, &[2, 4, 3, 530]))),
+        case(F16, [1, 4, 2, 9, 700, 64, 64], None, 0.0, Some((F16, &[9, 700]))),
+        case(F32, [1, 4, 2, 9, 1100, 64, 64], None, 0.0, Some((F32, &[9, 1100]))),
+        case(F32, [2, 6, 2, 7, 310, 40, 33], end, 2.0, Some((Bool, &[7, 310]))),
+        case(F32, [1, 2, 1, 2, 600, 256, 256], None, 0.0, None),
+        case(F64, [1, 3, 1, 2, 300, 256, 256], None, 0.0, None),
+    ];
+    for attend in &cases {
+        list.one(attend.op(), attend.inputs());
+    }
+    for index in [1, 2, 6, 9] {
+        list.spec(heads_last(&cases[index]));
+    }
 }
 
 /// Operands and result as `[batch, sequence, heads, features]`.
