@@ -1,7 +1,8 @@
 //! The command line of `compile`, and what it asks of the compiler.
 
 use std::collections::BTreeMap;
-use std::fs;
+use std::ffi::{OsStr, OsString};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use clap::Parser;
@@ -10,7 +11,8 @@ use onnx::load::LoadOptions;
 use passes::pipeline::Options;
 use passes::precision::DTYPES;
 use passes::shard::{MAX_RANKS, MeshChoice, parse_mesh};
-use planfile::{DType, Target};
+use planfile::printable::printable;
+use planfile::{DType, Target, regular};
 use planwright::compiler::Request;
 use runtime::Devices;
 use runtime::cli::{Exit, Failure, Shell, ToleranceFlags};
@@ -25,8 +27,9 @@ const TARGETS: &[(&str, &str)] = &[
 
 /// Compiles an ONNX model into one plan file for N devices.
 ///
-/// Exit codes: 0 success; 1 beyond the tolerance; 2 wrong command line; 3 invalid or unsupported model or input; 4 a
-/// file could not be read or written; 5 a library, driver or GPU is missing; 70 internal error.
+/// Exit codes: 0 success; 1 beyond the tolerance; 2 wrong command line; 3 invalid or unsupported model or input, or too
+/// little memory; 4 a file could not be read or written; 5 a library, driver or GPU is missing; 70 internal error;
+/// 128 + n ended by signal n.
 #[derive(Debug, Parser)]
 #[command(name = "compile", version)]
 pub(crate) struct Arguments {
@@ -94,11 +97,15 @@ pub(crate) struct Arguments {
     pub(crate) completions: Option<Shell>,
 }
 
+/// A description with a link for every pair of [`MAX_RANKS`] devices is shorter.
+const TARGET_FILE_BYTES_MAX: u64 = 16 << 20;
+
 /// `NAME=N`.
 fn dim(text: &str) -> Result<(String, u64), String> {
     let (name, size) = text.rsplit_once('=').ok_or("expected NAME=N, such as batch=8")?;
     let size = size.trim().parse().map_err(|_| format!("`{size}` is not a number from 0 up"))?;
-    Ok((name.trim().to_owned(), size))
+    // As the importer does with the model's names.
+    Ok((printable(name.trim()).into_owned(), size))
 }
 
 /// `INPUT=1,3,224,224`; `INPUT=` is a scalar.
@@ -106,7 +113,7 @@ fn shape(text: &str) -> Result<(String, Vec<u64>), String> {
     let (name, sizes) = text.rsplit_once('=').ok_or("expected INPUT=D0,D1,…, such as x=1,3,224,224")?;
     let size = |size: &str| size.trim().parse().map_err(|_| format!("`{size}` is not a number from 0 up"));
     let sizes = if sizes.trim().is_empty() { Ok(Vec::new()) } else { sizes.split(',').map(size).collect() };
-    Ok((name.to_owned(), sizes?))
+    Ok((printable(name).into_owned(), sizes?))
 }
 
 /// One of the types that a model can be converted to.
@@ -196,7 +203,9 @@ impl Arguments {
         let text = match known {
             Some((_, text)) => (*text).to_owned(),
             None if Path::new(name).extension().is_some_and(|extension| extension == "json") => {
-                fs::read_to_string(name).map_err(|error| {
+                let read = regular::read_text(Path::new(name), TARGET_FILE_BYTES_MAX);
+                let read = read.and_then(|text| text.ok_or_else(|| io::Error::other("it is not a regular file")));
+                read.map_err(|error| {
                     Failure::new(Exit::File, format!("cannot read target {name}: {error}; check the path"))
                 })?
             }
@@ -229,14 +238,17 @@ impl Arguments {
             return Ok(output.clone());
         }
         let model = self.model()?;
-        let stem = model.file_stem().map(PathBuf::from);
+        let stem = model.file_stem();
         let stem = stem.ok_or_else(|| wrong(format!("{} is no file; name one", model.display())))?;
-        Ok(PathBuf::from(format!("{}.plan", stem.display())))
+        // Whatever its characters are: a path need not be text.
+        Ok([stem, OsStr::new(".plan")].into_iter().collect::<OsString>().into())
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::ffi::OsStrExt;
+
     use super::*;
 
     fn parse(flags: &[&str]) -> Result<Request, Failure> {
@@ -291,7 +303,10 @@ mod tests {
 
     #[test]
     fn the_plan_is_named_after_the_model() {
-        let arguments = Arguments::try_parse_from(["compile", "folder/m.v2.onnx"]).unwrap();
-        assert_eq!(arguments.output().unwrap(), Path::new("m.v2.plan"));
+        let output = |model: &OsStr| {
+            Arguments::try_parse_from([OsStr::new("compile"), model]).unwrap().output().unwrap().into_os_string()
+        };
+        assert_eq!(output(OsStr::new("folder/m.v2.onnx")), "m.v2.plan");
+        assert_eq!(output(OsStr::from_bytes(b"folder/m\xff.onnx")), OsStr::from_bytes(b"m\xff.plan"));
     }
 }

@@ -5,11 +5,14 @@
 //! used, kernels are compiled again.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::io::{Read, Write};
+use std::path::PathBuf;
 use std::{env, fs};
 
 use passes::error::PassError;
 use passes::lower::{Assembler, KernelSource};
+use planfile::regular;
+use planfile::replace::Replacement;
 use runtime::cuda::nvrtc::{self, Nvrtc};
 
 /// Compiles with the NVRTC that is found when it is needed.
@@ -70,20 +73,23 @@ impl Cache {
     }
 
     fn read(&self, source: &KernelSource, architecture: &str) -> Option<Vec<u8>> {
-        fs::read(self.path(source, architecture)).ok().filter(|cubin| cubin.starts_with(MAGIC))
+        let (mut file, _) = regular::open(&self.path(source, architecture)).ok()??;
+        let mut cubin = Vec::new();
+        file.read_to_end(&mut cubin).ok()?;
+        cubin.starts_with(MAGIC).then_some(cubin)
     }
 
     /// Keeps a cubin; one that cannot be kept is compiled again next time.
     fn write(&self, source: &KernelSource, architecture: &str, cubin: &[u8]) {
         let path = self.path(source, architecture);
-        let keep = |path: &Path| -> std::io::Result<()> {
-            fs::create_dir_all(&self.folder)?;
+        let keep = || -> Option<()> {
+            fs::create_dir_all(&self.folder).ok()?;
             // Other processes see the whole file or none.
-            let file = tempfile::NamedTempFile::new_in(&self.folder)?;
-            fs::write(file.path(), cubin)?;
-            file.persist(path).map(drop).map_err(|error| error.error)
+            let mut file = Replacement::new(&path, ".cubin-").ok()?;
+            file.file().write_all(cubin).ok()?;
+            file.finish().ok()
         };
-        keep(&path).unwrap_or_default();
+        keep().unwrap_or_default();
     }
 }
 

@@ -54,6 +54,8 @@ pub enum CompileError {
 /// A plan, and the files that its weights are made from.
 pub struct Compiled {
     pub plan: Plan,
+    /// What the user should know, one sentence each.
+    pub warnings: Vec<String>,
     weights: Weights,
 }
 
@@ -96,8 +98,13 @@ impl Request {
         };
         let plan = passes::compile::run(module, &settings, &NvrtcAssembler, observer)?;
         let Some(mut plan) = plan else { return Ok(None) };
-        plan.manifest.fingerprint = weights.fingerprint(&plan.manifest)?;
-        Ok(Some(Compiled { plan, weights }))
+        plan.manifest.fingerprint = weights.fingerprint()?;
+        let mut warnings = Vec::new();
+        if model.external_data_root_unused {
+            warnings.push("--external-data-root has no effect: the model has no external data".to_owned());
+        }
+        warnings.extend(growth(&plan.manifest));
+        Ok(Some(Compiled { plan, warnings, weights }))
     }
 
     /// Every operator of the model with its status. Attributes and shapes count only where dimensions are bound; else
@@ -150,6 +157,22 @@ impl Compiled {
     }
 }
 
+/// A warning where a plan's weights are much larger than the files that they are made from.
+fn growth(manifest: &Manifest) -> Option<String> {
+    const EXPECTED: u64 = 4;
+    const FREE_BYTES: u64 = 64 << 20;
+    let (files, weights) = (&manifest.files, manifest.image_bytes);
+    // Files that are absent have no bytes, and noise for weights.
+    let whole = files.iter().all(|file| file.bytes > 0);
+    let bytes = files.iter().fold(0u64, |sum, file| sum.saturating_add(file.bytes));
+    (whole && weights > bytes.saturating_mul(EXPECTED).saturating_add(FREE_BYTES)).then(|| {
+        format!(
+            "the plan's weights take {weights} bytes, the model's files {bytes}: constants of the model are computed \
+             from others, or stored in several forms"
+        )
+    })
+}
+
 /// The model's files, as recipes read them.
 struct Weights {
     files: WeightFiles,
@@ -157,9 +180,8 @@ struct Weights {
 
 impl Weights {
     /// What of the files decided the plan; reads from here on only copy.
-    fn fingerprint(&self, manifest: &Manifest) -> Result<Fingerprint, OnnxError> {
-        let looked_at = self.files.end_of_decisions();
-        let ranges = fingerprint::decisive(&manifest.files, &manifest.weights, &looked_at);
+    fn fingerprint(&self) -> Result<Fingerprint, OnnxError> {
+        let ranges = fingerprint::merged(self.files.end_of_decisions());
         let read = |file, offset, into: &mut [u8]| self.files.read_at(FileIndex(file), offset, into);
         let digest = fingerprint::digest(&ranges, read)?;
         Ok(Fingerprint { ranges, digest })

@@ -10,11 +10,12 @@ use clap::{CommandFactory, Parser};
 use cpu::recipe::RecipeError;
 use onnx::OnnxError;
 use passes::error::PassError;
-use planfile::PlanFile;
 use planfile::summary::summary;
+use planfile::{PlanFile, replace};
 use planwright::compiler::{CompileError, Compiled, Request};
 use runtime::cli::{
-    Data, DeviceFlags, Exit, Failure, bytes_bar, completions, finish, print, run, spinner, summary_text,
+    Allocator, Data, DeviceFlags, Exit, Failure, bytes_bar, completions, exit_of_io, finish, print, print_json, run,
+    spinner, start, summary_text, warn,
 };
 use runtime::image::ImageError;
 use runtime::tensor_file::TestData;
@@ -22,7 +23,11 @@ use serde_json::json;
 
 use crate::arguments::Arguments;
 
+#[global_allocator]
+static ALLOCATOR: Allocator = Allocator;
+
 fn main() -> ExitCode {
+    start();
     finish(execute(&Arguments::parse()))
 }
 
@@ -32,15 +37,19 @@ fn execute(arguments: &Arguments) -> Result<Exit, Failure> {
         return Ok(Exit::Success);
     }
     let start = Instant::now();
+    let path = arguments.output()?;
+    if !arguments.check_support && arguments.stop_after.is_none() {
+        replace::check(&path)?;
+    }
     let like = arguments.like.as_deref().map(TestData::read).transpose()?;
-    // Read before the work, so that a wrong path does not cost it.
+    // Read before the work, as the place of the plan is looked at, so that a wrong path does not cost it.
     let test_data = arguments.test_data.as_deref().map(TestData::read).transpose()?;
     let request = arguments.request(like.as_ref())?;
     if arguments.check_support {
         return support::check(&request, arguments.json);
     }
     let Some(compiled) = compile(arguments, &request)? else { return Ok(Exit::Success) };
-    let path = arguments.output()?;
+    compiled.warnings.iter().for_each(|warning| warn(warning));
     let bar = bytes_bar("writing weights", compiled.plan.manifest.image_bytes);
     compiled.write(&path, |done| bar.set_position(done)).map_err(failure)?;
     bar.finish_and_clear();
@@ -64,10 +73,10 @@ fn execute(arguments: &Arguments) -> Result<Exit, Failure> {
     if arguments.json {
         let explanations = &compiled.plan.explanations;
         let all = json!({
-            "path": path, "seconds": seconds, "plan": summary, "sharding": explanations.sharding,
+            "path": path.to_string_lossy(), "seconds": seconds, "plan": summary, "sharding": explanations.sharding,
             "alternatives": explanations.alternatives, "run": report,
         });
-        print(&format!("{all:#}\n"))?;
+        print_json(&all)?;
     } else if let Some(report) = &report {
         print(&format!("\n{}", report.text()))?;
     }
@@ -120,8 +129,8 @@ fn written(error: planfile::PlanError) -> Failure {
 
 fn model_exit(error: &OnnxError) -> Exit {
     match error {
-        OnnxError::Io { .. }
-        | OnnxError::NotAFile { .. }
+        OnnxError::Io { source, .. } => exit_of_io(source),
+        OnnxError::NotAFile { .. }
         | OnnxError::MissingWeights { .. }
         | OnnxError::AbsentFile { .. }
         | OnnxError::FileChanged { .. } => Exit::File,
@@ -132,7 +141,11 @@ fn model_exit(error: &OnnxError) -> Exit {
 
 fn recipe_exit(error: &RecipeError) -> Exit {
     match error {
+        error if error.is_memory() => Exit::Invalid,
         RecipeError::Read(_) => Exit::File,
-        RecipeError::Malformed(_) | RecipeError::Region { .. } | RecipeError::Evaluate(_) => Exit::Internal,
+        RecipeError::Malformed(_)
+        | RecipeError::Region { .. }
+        | RecipeError::Memory { .. }
+        | RecipeError::Evaluate(_) => Exit::Internal,
     }
 }

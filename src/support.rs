@@ -4,7 +4,7 @@ use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
 use comfy_table::{CellAlignment, Table};
 use onnx::{OnnxError, OperatorSupport};
 use planwright::compiler::Request;
-use runtime::cli::{Exit, Failure, print};
+use runtime::cli::{Exit, Failure, print, print_json};
 use serde_json::{Value, json};
 
 use crate::failure;
@@ -13,17 +13,16 @@ use crate::failure;
 pub(crate) fn check(request: &Request, for_programs: bool) -> Result<Exit, Failure> {
     let (operators, unbound) = request.support().map_err(failure)?;
     let supported = operators.iter().all(|operator| operator.supported);
-    let text = if for_programs {
+    if for_programs {
         let operators: Vec<Value> = operators.iter().map(row).collect();
         let report = json!({
-            "model": request.model, "supported": supported, "attributes_checked": unbound.is_none(),
+            "model": request.model.to_string_lossy(), "supported": supported, "attributes_checked": unbound.is_none(),
             "operators": operators,
         });
-        format!("{report:#}\n")
+        print_json(&report)
     } else {
-        table(&operators, unbound.as_ref())
-    };
-    print(&text)?;
+        print(&table(&operators, unbound.as_ref()))
+    }?;
     Ok(if supported { Exit::Success } else { Exit::Invalid })
 }
 

@@ -33,6 +33,8 @@ pub enum RuntimeError {
     Memory { what: String, bytes: u64 },
     #[error("the threads of rank {rank} could not be started; use fewer with --threads: {source}")]
     Threads { rank: u32, source: rayon::ThreadPoolBuildError },
+    #[error("{ranks} virtual devices with {threads} threads each are more than {limit} threads; use fewer")]
+    TooManyThreads { ranks: u32, threads: usize, limit: usize },
     #[error("rank {rank}, program {program}, step {step}{}: {source}", origin_of(origin))]
     Step { rank: u32, program: usize, step: usize, origin: Vec<String>, source: StepError },
     #[error("the plan contradicts itself: {what}; this is a bug of the compiler that wrote it, report it")]

@@ -4,10 +4,10 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
-use planfile::{PlanError, PlanFile, diff};
+use planfile::{PlanError, PlanFile, diff, replace};
 use runtime::cli::{
-    BenchFlags, Data, DeviceFlags, Exit, Failure, Shell, ToleranceFlags, bench, bytes_bar, check, completions, doctor,
-    finish, print, run, summary_text,
+    Allocator, BenchFlags, Data, DeviceFlags, Exit, Failure, Shell, ToleranceFlags, bench, bytes_bar, check,
+    completions, doctor, finish, print, print_json, run, start, summary_text, warn,
 };
 use runtime::refit::{Sources, refit};
 use runtime::tensor_file::TestData;
@@ -16,8 +16,8 @@ use serde_json::json;
 /// Runs, times, inspects, verifies, compares and refits plans that `compile` wrote.
 ///
 /// Exit codes: 0 success; 1 beyond the tolerance, verification failed, or plans differ; 2 wrong command line; 3 invalid
-/// plan or input; 4 a file could not be read or written; 5 a driver, library or GPU is missing or does not fit; 70
-/// internal error.
+/// plan or input, or too little memory; 4 a file could not be read or written; 5 a driver, library or GPU is missing or
+/// does not fit; 70 internal error; 128 + n ended by signal n.
 #[derive(Parser)]
 #[command(name = "plan", version)]
 struct Arguments {
@@ -137,13 +137,19 @@ enum Command {
     Completions { shell: Shell },
 }
 
+#[global_allocator]
+static ALLOCATOR: Allocator = Allocator;
+
 fn main() -> ExitCode {
+    start();
     finish(execute(Arguments::parse().command))
 }
 
 fn execute(command: Command) -> Result<Exit, Failure> {
     match command {
         Command::Run { plan, entry, inputs, outputs, test_data, tolerance, devices, json } => {
+            // Before the work, so that a wrong path does not cost it.
+            outputs.as_deref().map(replace::check).transpose()?;
             let test_data = test_data.map(|folder| TestData::read(&folder)).transpose()?;
             let data = match (&inputs, &test_data) {
                 (Some(path), _) => Data::Npz(path),
@@ -152,13 +158,13 @@ fn execute(command: Command) -> Result<Exit, Failure> {
             };
             let file = PlanFile::open(&plan)?;
             let report = run(file, entry.as_deref(), data, outputs.as_deref(), tolerance.into(), &devices)?;
-            print(&if json { format!("{:#}\n", json!(report)) } else { report.text() })?;
+            if json { print_json(&json!(report)) } else { print(&report.text()) }?;
             Ok(report.exit())
         }
         Command::Bench { plan, entry, inputs, flags, devices, json } => {
             let data = inputs.as_deref().map_or(Data::Random, Data::Npz);
             let report = bench(PlanFile::open(&plan)?, entry.as_deref(), data, &devices, flags)?;
-            print(&if json { format!("{:#}\n", json!(report)) } else { report.text() })?;
+            if json { print_json(&json!(report)) } else { print(&report.text()) }?;
             Ok(Exit::Success)
         }
         Command::Check { plan, entry, inputs, test_data, reference, devices, json } => {
@@ -170,36 +176,41 @@ fn execute(command: Command) -> Result<Exit, Failure> {
             };
             let reference = reference.map(|path| PlanFile::open(&path)).transpose()?;
             let report = check(PlanFile::open(&plan)?, entry.as_deref(), data, &devices, reference)?;
-            print(&if json { format!("{:#}\n", json!(report)) } else { report.text() })?;
+            if json { print_json(&json!(report)) } else { print(&report.text()) }?;
             Ok(report.exit())
         }
         Command::Doctor { json } => {
             let report = doctor();
-            print(&if json { format!("{:#}\n", json!(report)) } else { report.text() })?;
+            if json { print_json(&json!(report)) } else { print(&report.text()) }?;
             Ok(report.exit())
         }
         Command::Inspect { plan, json, text } => {
             let file = PlanFile::open(&plan)?;
             let summary = planfile::summary::summary(file.plan());
-            print(&match (json, text) {
-                (true, _) => format!("{:#}\n", json!(summary)),
-                (false, true) => planfile::text::text(file.plan()),
-                (false, false) => summary_text(&summary),
-            })?;
+            match (json, text) {
+                (true, _) => print_json(&json!(summary)),
+                (false, true) => print(&planfile::text::text(file.plan())),
+                (false, false) => print(&summary_text(&summary)),
+            }?;
             Ok(Exit::Success)
         }
         Command::Verify { plan, json } => match verify(&plan) {
             Ok(bytes) => {
-                print(&if json {
-                    format!("{:#}\n", json!({ "sound": true, "bytes": bytes }))
+                if json {
+                    print_json(&json!({ "sound": true, "bytes": bytes }))
                 } else {
-                    format!("{} is sound: every byte matches its hash, and the plan holds together\n", plan.display())
-                })?;
+                    print(&format!(
+                        "{} is sound: every byte matches its hash, and the plan holds together\n",
+                        plan.display()
+                    ))
+                }?;
                 Ok(Exit::Success)
             }
-            Err(error @ (PlanError::Io { .. } | PlanError::NotAFile { .. })) => Err(error.into()),
+            Err(error @ (PlanError::Io { .. } | PlanError::NotAFile { .. } | PlanError::Memory { .. })) => {
+                Err(error.into())
+            }
             Err(error) if json => {
-                print(&format!("{:#}\n", json!({ "sound": false, "error": error.to_string() })))?;
+                print_json(&json!({ "sound": false, "error": error.to_string() }))?;
                 Ok(Exit::Beyond)
             }
             Err(error) => Err(Failure::new(Exit::Beyond, error)),
@@ -208,11 +219,14 @@ fn execute(command: Command) -> Result<Exit, Failure> {
             let (before, after) = (PlanFile::open(&before)?, PlanFile::open(&after)?);
             let mut found = diff::diff(before.plan(), after.plan());
             diff::values(&before, &after, &mut found)?;
-            print(&if json { format!("{:#}\n", json!(found)) } else { found.text() })?;
+            if json { print_json(&json!(found)) } else { print(&found.text()) }?;
             Ok(if found.same { Exit::Success } else { Exit::Beyond })
         }
         Command::Refit { plan, weights, output, external_data_root } => {
             let plan = PlanFile::open(&plan)?.into_plan();
+            if external_data_root.is_some() && plan.manifest.files.len() < 2 {
+                warn("--external-data-root has no effect: the plan was made from no external data");
+            }
             let sources = Sources { weights: &weights, external_data_root: external_data_root.as_deref() };
             let bar = bytes_bar("writing weights", plan.manifest.image_bytes);
             refit(plan, sources, &output, |done| bar.set_position(done))?;

@@ -12,7 +12,8 @@ use npyz::npz::{NpzArchive, NpzWriter};
 use npyz::zip::write::FileOptions;
 use npyz::zip::{CompressionMethod, DateTime};
 use npyz::{Endianness, NpyHeader, Order, TypeChar, WriterBuilder};
-use planfile::{DType, Tensor, TensorType};
+use planfile::replace::Replacement;
+use planfile::{DType, Tensor, TensorType, regular};
 
 use crate::memory::allocate;
 use crate::tensor_file::TensorFileError;
@@ -22,11 +23,9 @@ use crate::tensor_file::TensorFileError;
 /// # Errors
 /// [`TensorFileError`]: a file that cannot be read, is no archive, or holds arrays of another kind than tensors.
 pub fn read_npz(path: &Path) -> Result<BTreeMap<String, Tensor>, TensorFileError> {
-    let io_error = |source| TensorFileError::Io { action: "open", path: path.to_owned(), source };
-    let file = File::open(path).map_err(io_error)?;
-    if !file.metadata().map_err(io_error)?.is_file() {
-        return Err(TensorFileError::NotAFile { path: path.to_owned() });
-    }
+    let opened = regular::open(path);
+    let opened = opened.map_err(|source| TensorFileError::Io { action: "open", path: path.to_owned(), source })?;
+    let (file, _) = opened.ok_or_else(|| TensorFileError::NotAFile { path: path.to_owned() })?;
     let mut archive = NpzArchive::new(BufReader::new(file))
         .map_err(|error| TensorFileError::NotAnArchive { path: path.to_owned(), what: error.to_string() })?;
     let names: Vec<String> = archive.array_names().map(str::to_owned).collect();
@@ -156,23 +155,22 @@ const fn type_string(dtype: DType) -> &'static str {
     }
 }
 
+/// How the names of unfinished archives begin.
+const PREFIX: &str = ".npz-";
+
 /// Writes tensors to the archive at `path`, uncompressed: beside it first, so that an older file there is replaced by a
 /// whole one or not at all.
 ///
 /// # Errors
-/// [`TensorFileError::Io`], disk full included.
+/// [`TensorFileError::Io`], disk full included; a place that no file can go to.
 pub fn write_npz<'a>(
     path: &Path,
     tensors: impl IntoIterator<Item = (&'a str, &'a Tensor)>,
 ) -> Result<(), TensorFileError> {
-    let failed = |source| TensorFileError::Io { action: "write", path: path.to_owned(), source };
-    if path.metadata().is_ok_and(|metadata| !metadata.is_file()) {
-        return Err(TensorFileError::NotAFile { path: path.to_owned() });
-    }
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let mut file = tempfile::Builder::new().prefix(".npz-").tempfile_in(folder).map_err(failed)?;
-    write_archive(file.as_file_mut(), tensors).map_err(failed)?;
-    file.persist(path).map(drop).map_err(|error| failed(error.error))
+    let mut file = Replacement::new(path, PREFIX)?;
+    let written = write_archive(file.file(), tensors);
+    written.map_err(|source| TensorFileError::Io { action: "write", path: path.to_owned(), source })?;
+    Ok(file.finish_durably()?)
 }
 
 fn write_archive<'a>(file: &mut File, tensors: impl IntoIterator<Item = (&'a str, &'a Tensor)>) -> std::io::Result<()> {

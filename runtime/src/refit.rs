@@ -5,7 +5,7 @@
 //! the compiler looked at or kept. The plan has a hash of those (`planfile::fingerprint`); without a match there is an
 //! error and no plan.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Component, Path, PathBuf};
@@ -13,8 +13,9 @@ use std::path::{Component, Path, PathBuf};
 use cpu::recipe::{WeightBytes, WeightReadError};
 use planfile::fingerprint::digest;
 use planfile::plan::Plan;
+use planfile::printable::printable;
 use planfile::writer::{WeightSink, write_plan};
-use planfile::{PlanError, SourceFile};
+use planfile::{PlanError, SourceFile, regular, replace};
 use thiserror::Error;
 
 use crate::image::{self, ImageError};
@@ -76,9 +77,10 @@ pub fn refit(
     out: &Path,
     mut progress: impl FnMut(u64),
 ) -> Result<(), RefitError> {
+    replace::check(out).map_err(PlanError::from)?;
     let files = Files::open(&plan.manifest.files, sources)?;
     if let Some(model) = plan.manifest.files.first_mut() {
-        model.name.clone_from(&files.model);
+        model.name = printable(&files.model).into_owned();
     }
     let fingerprint = &plan.manifest.fingerprint;
     if !fingerprint.fits(&plan.manifest.files) {
@@ -109,36 +111,44 @@ struct Files {
 impl Files {
     fn open(recorded: &[SourceFile], sources: Sources<'_>) -> Result<Self, RefitError> {
         let Some(first) = recorded.first() else { return Err(RefitError::NoFiles) };
-        let (folder, model) = if sources.weights.is_dir() {
-            (sources.weights, first.name.clone())
+        if let Some(root) = sources.external_data_root {
+            let failed = |source| RefitError::Io { path: root.to_owned(), action: "read the folder", source };
+            fs::read_dir(root).map_err(failed)?;
+        }
+        let (folder, model, path) = if sources.weights.is_dir() {
+            (sources.weights, first.name.clone(), below(sources.weights, &first.name)?)
         } else {
             let not_a_file = || RefitError::NotAFile { path: sources.weights.to_owned() };
             let name = sources.weights.file_name().ok_or_else(not_a_file)?.to_string_lossy().into_owned();
             let parent = sources.weights.parent().filter(|parent| !parent.as_os_str().is_empty());
-            (parent.unwrap_or(Path::new(".")), name)
+            (parent.unwrap_or(Path::new(".")), name, sources.weights.to_owned())
         };
-        let names = std::iter::once(&model).chain(recorded.iter().skip(1).map(|file| &file.name));
-        let files = names.zip(recorded).enumerate();
-        let open = files.map(|(number, (name, file))| open(folder, name, file.bytes, number == 0, sources));
-        let open = open.collect::<Result<_, _>>()?;
-        Ok(Self { model, open })
+        let mut opened = vec![open(folder, path, first.bytes, true, sources)?];
+        for SourceFile { name, bytes } in &recorded[1..] {
+            opened.push(open(folder, below(folder, name)?, *bytes, false, sources)?);
+        }
+        Ok(Self { model, open: opened })
     }
 }
 
-/// Opens a file of the recorded size. A plan from elsewhere must not have any readable file of this machine copied into
-/// another plan, so names stay below the folder, as they do for the compiler.
-fn open(
-    folder: &Path,
-    name: &str,
-    bytes: u64,
-    is_model: bool,
-    sources: Sources<'_>,
-) -> Result<Option<File>, RefitError> {
+/// The file that a plan names. A plan from elsewhere must not have any readable file of this machine copied into another
+/// plan, so names stay below the folder, as they do for the compiler.
+fn below(folder: &Path, name: &str) -> Result<PathBuf, RefitError> {
     let plain = |part| matches!(part, Component::Normal(_));
     if name.is_empty() || name.contains(['\0', '\\']) || !Path::new(name).components().all(plain) {
         return Err(RefitError::Location { name: name.to_owned() });
     }
-    let path = folder.join(name);
+    Ok(folder.join(name))
+}
+
+/// Opens a file of the recorded size.
+fn open(
+    folder: &Path,
+    path: PathBuf,
+    bytes: u64,
+    is_model: bool,
+    sources: Sources<'_>,
+) -> Result<Option<File>, RefitError> {
     let failed = |action, path: &Path| {
         let path = path.to_owned();
         move |source| RefitError::Io { path, action, source }
@@ -149,11 +159,10 @@ fn open(
         Err(error) if error.kind() == io::ErrorKind::NotFound && bytes == 0 => return Ok(None),
         Err(error) => return Err(failed("find", &path)(error)),
     };
-    let file = File::open(&opened).map_err(failed("open", &path))?;
-    let about = file.metadata().map_err(failed("look at", &path))?;
-    if !about.is_file() {
+    let Some((file, _)) = regular::open(&opened).map_err(failed("open", &path))? else {
         return Err(RefitError::NotAFile { path });
-    }
+    };
+    let about = file.metadata().map_err(failed("look at", &path))?;
     // The user names the model file, by its folder or itself; the plan names the others.
     if !is_model {
         let root = sources.external_data_root.unwrap_or(folder);

@@ -19,6 +19,9 @@ use crate::memory::allocate;
 use crate::signature::arrange;
 use crate::virtual_devices::{DeviceMemory, Observer, StepTime, run_entry};
 
+/// Most threads of all virtual devices together. Far more than any machine has cores for, and few enough to start.
+pub(crate) const MAX_THREADS: usize = 4096;
+
 /// What a plan's ranks are.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
@@ -185,7 +188,7 @@ impl Session {
     /// Reserves the activation arenas of all ranks, for any of the entries. Ranks share the machine's cores evenly.
     ///
     /// # Errors
-    /// [`RuntimeError::Memory`], [`RuntimeError::Threads`].
+    /// [`RuntimeError::Memory`], [`RuntimeError::Threads`], [`RuntimeError::TooManyThreads`].
     pub fn context(&self) -> Result<Context, RuntimeError> {
         self.context_with_threads(self.default_threads())
     }
@@ -207,7 +210,11 @@ impl Session {
             let ranks = Ranks::Cuda(CudaContext::new(Arc::clone(&self.loaded.plan), session)?);
             return Ok(Context { session: self.clone(), ranks });
         }
-        let devices = (0..plan.manifest.ranks)
+        let ranks = plan.manifest.ranks;
+        if (ranks as usize).saturating_mul(threads.get()) > MAX_THREADS {
+            return Err(RuntimeError::TooManyThreads { ranks, threads: threads.get(), limit: MAX_THREADS });
+        }
+        let devices = (0..ranks)
             .map(|rank| {
                 let programs = plan.programs.iter().filter(|program| program.ranks.contains(&rank));
                 let bytes = programs.map(|program| program.arena_bytes).max().unwrap_or(0);

@@ -3,10 +3,12 @@
 //! A walk over the message's fields, whose numbers are those of the ONNX specification: the library links no protocol
 //! buffers. Data may be raw or typed; external data, segments and strings are refused.
 
-use std::fs::File;
-use std::io::Read;
+use std::borrow::Cow;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use planfile::regular;
+use planfile::tensor::try_zeroed;
 use planfile::{Buffer, DType, Tensor, TensorType};
 
 use crate::tensor_file::TensorFileError;
@@ -20,17 +22,14 @@ const MAX_FILE_BYTES: u64 = (1 << 31) - 1;
 /// [`TensorFileError`]: a file that cannot be read or holds no tensor of a supported type.
 pub fn read_tensor_proto(path: &Path) -> Result<Tensor, TensorFileError> {
     let io_error = |action, source| TensorFileError::Io { action, path: path.to_owned(), source };
-    let file = File::open(path).map_err(|source| io_error("open", source))?;
-    let metadata = file.metadata().map_err(|source| io_error("open", source))?;
-    if !metadata.is_file() {
-        return Err(TensorFileError::NotAFile { path: path.to_owned() });
+    let opened = regular::open(path).map_err(|source| io_error("open", source))?;
+    let (file, length) = opened.ok_or_else(|| TensorFileError::NotAFile { path: path.to_owned() })?;
+    if length > MAX_FILE_BYTES {
+        return Err(TensorFileError::TooLarge { path: path.to_owned(), bytes: length, limit: MAX_FILE_BYTES });
     }
-    if metadata.len() > MAX_FILE_BYTES {
-        let (bytes, limit) = (metadata.len(), MAX_FILE_BYTES);
-        return Err(TensorFileError::TooLarge { path: path.to_owned(), bytes, limit });
-    }
-    let mut bytes = Vec::new();
-    file.take(MAX_FILE_BYTES).read_to_end(&mut bytes).map_err(|source| io_error("read", source))?;
+    let memory = || TensorFileError::Memory { path: path.to_owned(), bytes: length };
+    let mut bytes: Vec<u8> = try_zeroed(length as usize).ok_or_else(memory)?;
+    file.read_exact_at(&mut bytes, 0).map_err(|source| io_error("read", source))?;
     decode(&bytes).map_err(|what| TensorFileError::NotATensor { path: path.to_owned(), what })
 }
 
@@ -49,9 +48,9 @@ pub fn decode(bytes: &[u8]) -> Result<Tensor, String> {
     let expected = ty.bytes().ok_or_else(|| format!("{ty} does not fit in memory"))?;
     let data = match (proto.raw, proto.typed) {
         (Some(_), Some(field)) => return Err(format!("data is given both raw and in field {}", field.number)),
-        (Some(raw), None) => raw.to_vec(),
-        (None, Some(typed)) => typed.elements(dtype)?,
-        (None, None) => Vec::new(),
+        (Some(raw), None) => Cow::Borrowed(raw),
+        (None, Some(typed)) => Cow::Owned(typed.elements(dtype)?),
+        (None, None) => Cow::default(),
     };
     if data.len() as u64 != expected {
         return Err(format!("data has {} bytes, {ty} takes {expected}", data.len()));
@@ -59,7 +58,8 @@ pub fn decode(bytes: &[u8]) -> Result<Tensor, String> {
     if dtype == DType::Bool && data.iter().any(|&byte| byte > 1) {
         return Err("a boolean is neither 0 nor 1".to_owned());
     }
-    Ok(Tensor { ty, data: Buffer::from_bytes(&data) })
+    let memory = || format!("{ty} takes {expected} bytes, more than there is memory; use a machine with more of it");
+    Ok(Tensor { data: Buffer::try_from_bytes(&data).ok_or_else(memory)?, ty })
 }
 
 /// Numbers of `TensorProto.DataType`.

@@ -34,13 +34,23 @@ pub(crate) fn run_entry(
     let exchange = Exchange::default();
     let outcomes: Vec<Result<Vec<Piece<Vec<u8>>>, RuntimeError>> = thread::scope(|scope| {
         let mut threads = Vec::new();
+        let mut refused = None;
         for ((rank, memory), weights) in (0u32..).zip(devices).zip(weights) {
             let device = Device { plan, entry, inputs, rank, exchange: &exchange, observe };
             let run = move || memory.pool.install(|| device.run(memory.arena.bytes_mut(), weights.bytes()));
-            threads.push((rank, scope.spawn(run)));
+            match thread::Builder::new().name(format!("rank {rank}")).spawn_scoped(scope, run) {
+                Ok(thread) => threads.push((rank, thread)),
+                Err(source) => {
+                    // The others need not wait for this one.
+                    drop(exchange.watch());
+                    refused = Some(Err(RuntimeError::Thread { rank, source }));
+                    break;
+                }
+            }
         }
         let panicked = |rank| Err(RuntimeError::Panicked { rank });
-        threads.into_iter().map(|(rank, thread)| thread.join().unwrap_or_else(|_| panicked(rank))).collect()
+        let joined = threads.into_iter().map(|(rank, thread)| thread.join().unwrap_or_else(|_| panicked(rank)));
+        joined.chain(refused).collect()
     });
     let mut pieces = Vec::new();
     let mut abandoned = None;

@@ -18,13 +18,4 @@ mod operators;
 mod order;
 #[cfg(test)]
 mod samples;
-mod schema;
-pub mod source_files;
-pub mod support;
-pub mod tensor_data;
-pub mod wire;
-
-pub use bindings::{BindingError, Bindings};
-pub use error::OnnxError;
-pub use import::import;
-pub use support::{OperatorSupport, support, support_bound};
+mod shown_names;

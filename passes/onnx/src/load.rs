@@ -6,6 +6,7 @@ use std::io::Read;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
+use planfile::regular;
 use prost::Message as _;
 
 use crate::error::OnnxError;
@@ -13,9 +14,10 @@ use crate::flat::Graph;
 use crate::inline::{canonical_domain, flatten};
 use crate::messages::{DeviceConfigurationProto, ModelProto, OperatorSetIdProto, TensorProto};
 use crate::order::order;
+use crate::shown_names;
 use crate::source_files::{SourceFile, SourceFiles};
 use crate::tensor_data::{Tensor, tensor};
-use crate::wire;
+use crate::wire::{self, Thinned};
 
 /// Versions of the file format that are read.
 pub const IR_VERSIONS: RangeInclusive<i64> = 3..=14;
@@ -49,6 +51,8 @@ pub struct Model {
     pub functions: Vec<String>,
     /// [`crate::source_files::FileIndex`] counts these; the first is the model file.
     pub files: Vec<SourceFile>,
+    /// A folder for external data was named ([`LoadOptions::external_data_root`]), and there is no external data.
+    pub external_data_root_unused: bool,
     /// Free-form pairs of the model.
     pub metadata: BTreeMap<String, String>,
     /// Kept as the model has them.
@@ -60,11 +64,16 @@ pub struct Model {
 /// # Errors
 /// When the file is not a valid model of a supported version, or its weights are not there.
 pub fn load(path: &Path, options: &LoadOptions) -> Result<Model, OnnxError> {
+    if let Some(root) = &options.external_data_root {
+        let listed = std::fs::read_dir(root);
+        listed.map_err(|source| OnnxError::Io { path: root.clone(), action: "read the folder", source })?;
+    }
     let (file, len) = open(path)?;
-    let thinned = wire::thin(path, &file, len)?;
-    let proto =
-        ModelProto::decode(thinned.as_slice()).map_err(|source| OnnxError::Decode { path: path.to_owned(), source })?;
-    drop(thinned);
+    let Thinned { message, read } = wire::thin(path, &file, len)?;
+    let mut proto =
+        ModelProto::decode(message.as_slice()).map_err(|source| OnnxError::Decode { path: path.to_owned(), source })?;
+    drop(message);
+    shown_names::show(&mut proto);
     let missing = |field| OnnxError::Missing { path: path.to_owned(), field };
     let ir_version = proto.ir_version.ok_or_else(|| missing("ir_version"))?;
     if !IR_VERSIONS.contains(&ir_version) {
@@ -75,7 +84,7 @@ pub fn load(path: &Path, options: &LoadOptions) -> Result<Model, OnnxError> {
         return Err(missing("opset_import"));
     }
     let opsets = opsets(&proto.opset_import)?;
-    let mut files = SourceFiles::new(path, len, options);
+    let mut files = SourceFiles::new(path, len, read, options);
     let mut graph = flatten(graph, &proto.functions, &opsets, &mut files)?;
     order(&mut graph)?;
     let functions = proto.functions.iter().map(|function| format!("{}.{}", function.domain, function.name)).collect();
@@ -86,6 +95,7 @@ pub fn load(path: &Path, options: &LoadOptions) -> Result<Model, OnnxError> {
         producer_version: proto.producer_version,
         graph,
         functions,
+        external_data_root_unused: options.external_data_root.is_some() && !files.have_external(),
         files: files.into_files(),
         metadata: proto.metadata_props.into_iter().map(|entry| (entry.key, entry.value)).collect(),
         device_configurations: proto.configuration,
@@ -113,26 +123,22 @@ pub fn load_tensor(path: &Path) -> Result<(String, Tensor), OnnxError> {
     drop(bytes);
     // Ours alone: a file that has this field cannot point anywhere with it.
     proto.file_range = None;
+    shown_names::shown(&mut proto.name);
     let options = LoadOptions::default();
     let name = if proto.name.is_empty() { path.display().to_string() } else { proto.name.clone() };
     if proto.data_location != 0 {
         return Err(OnnxError::Tensor { tensor: name, problem: crate::error::TensorProblem::ExternalHere });
     }
-    let tensor = tensor(&proto, &name, &mut SourceFiles::new(path, len, &options))?;
+    let tensor = tensor(&proto, &name, &mut SourceFiles::new(path, len, Vec::new(), &options))?;
     Ok((proto.name, tensor))
 }
 
 fn open(path: &Path) -> Result<(File, u64), OnnxError> {
-    let io_error = |action, source| OnnxError::Io { path: path.to_owned(), action, source };
-    let file = File::open(path).map_err(|source| io_error("open", source))?;
-    let about = file.metadata().map_err(|source| io_error("look at", source))?;
-    if !about.is_file() {
-        return Err(OnnxError::NotAFile { path: path.to_owned() });
+    match regular::open(path).map_err(|source| OnnxError::Io { path: path.to_owned(), action: "open", source })? {
+        None => Err(OnnxError::NotAFile { path: path.to_owned() }),
+        Some((_, 0)) => Err(OnnxError::Empty { path: path.to_owned() }),
+        Some(opened) => Ok(opened),
     }
-    if about.len() == 0 {
-        return Err(OnnxError::Empty { path: path.to_owned() });
-    }
-    Ok((file, about.len()))
 }
 
 fn opsets(imports: &[OperatorSetIdProto]) -> Result<BTreeMap<String, i64>, OnnxError> {

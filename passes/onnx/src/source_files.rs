@@ -7,6 +7,8 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use planfile::fingerprint::FileRange;
+use planfile::printable::printable;
+use planfile::regular;
 
 use crate::error::{ExternalProblem, OnnxError};
 use crate::load::LoadOptions;
@@ -27,8 +29,8 @@ pub struct SourceFile {
     pub len: u64,
     /// The file is not there, which [`LoadOptions::allow_missing_weights`] allowed; ranges in it cannot be read.
     pub absent: bool,
-    /// Loading read some of it, so that all of it counts as decisive: see [`WeightFiles::end_of_decisions`].
-    pub read_on_loading: bool,
+    /// First byte and end of what loading read of it, which counts as looked at: see [`WeightFiles::end_of_decisions`].
+    pub read_on_loading: Vec<(u64, u64)>,
     /// Where it is opened on this machine.
     opened: PathBuf,
 }
@@ -43,29 +45,33 @@ pub(crate) struct SourceFiles<'a> {
 }
 
 impl<'a> SourceFiles<'a> {
-    pub(crate) fn new(model: &Path, len: u64, options: &'a LoadOptions) -> Self {
+    /// `read`: what was read of the model file to make its messages.
+    pub(crate) fn new(model: &Path, len: u64, read: Vec<(u64, u64)>, options: &'a LoadOptions) -> Self {
         let folder = match model.parent() {
             Some(folder) if !folder.as_os_str().is_empty() => folder.to_owned(),
             Some(_) | None => PathBuf::from("."),
         };
-        let name = model.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-        let file = SourceFile { path: name, len, absent: false, read_on_loading: false, opened: model.to_owned() };
+        let name = model.file_name().map(|name| printable(&name.to_string_lossy()).into_owned()).unwrap_or_default();
+        let file = SourceFile { path: name, len, absent: false, read_on_loading: read, opened: model.to_owned() };
         Self { files: vec![file], by_location: BTreeMap::new(), folder, options }
+    }
+
+    /// Whether the model names any file besides itself.
+    pub(crate) fn have_external(&self) -> bool {
+        self.files.len() > 1
     }
 
     pub(crate) fn into_files(self) -> Vec<SourceFile> {
         self.files
     }
 
-    /// Opens all files, to read data of `sources` now. External data of other tensors may lie at the same place; inside
-    /// the model file, every tensor's is its own.
+    /// Opens all files, to read data of `sources` now.
     pub(crate) fn open_for(&mut self, sources: [&TensorSource; 2]) -> Result<WeightFiles, OnnxError> {
         for source in sources {
-            if let TensorSource::FileRange { file, .. } = source
-                && *file != FileIndex(0)
+            if let TensorSource::FileRange { file, offset, length } = source
                 && let Some(file) = self.files.get_mut(file.0 as usize)
             {
-                file.read_on_loading = true;
+                file.read_on_loading.push((*offset, offset.saturating_add(*length)));
             }
         }
         WeightFiles::open(&self.files)
@@ -123,7 +129,7 @@ impl<'a> SourceFiles<'a> {
         let fail = |problem| external_error(tensor, location, problem);
         let relative = Path::new(location);
         let plain = |part| matches!(part, Component::Normal(_) | Component::CurDir);
-        if location.contains(['\0', '\\']) || !relative.components().all(plain) {
+        if location.contains('\\') || location.contains(char::is_control) || !relative.components().all(plain) {
             return Err(fail(ExternalProblem::NotRelative));
         }
         let path: PathBuf = relative.components().filter(|part| matches!(part, Component::Normal(_))).collect();
@@ -133,7 +139,8 @@ impl<'a> SourceFiles<'a> {
             Ok(opened) => opened,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
                 if self.options.allow_missing_weights {
-                    return Ok(SourceFile { path: name, len: 0, absent: true, read_on_loading: false, opened: joined });
+                    let read_on_loading = Vec::new();
+                    return Ok(SourceFile { path: name, len: 0, absent: true, read_on_loading, opened: joined });
                 }
                 return Err(OnnxError::MissingWeights { tensor: tensor.to_owned(), path: joined });
             }
@@ -158,12 +165,13 @@ impl<'a> SourceFiles<'a> {
         if about.nlink() > 1 && !is_trusted {
             return Err(fail(ExternalProblem::HardLinked { links: about.nlink() }));
         }
-        Ok(SourceFile { path: name, len: about.len(), absent: false, read_on_loading: false, opened })
+        Ok(SourceFile { path: name, len: about.len(), absent: false, read_on_loading: Vec::new(), opened })
     }
 }
 
 fn external_error(tensor: &str, location: &str, problem: ExternalProblem) -> OnnxError {
-    OnnxError::ExternalData { tensor: tensor.to_owned(), location: location.to_owned(), problem }
+    let location = printable(location).into_owned();
+    OnnxError::ExternalData { tensor: tensor.to_owned(), location, problem }
 }
 
 /// The source files of a model, open for positioned reads from any thread.
@@ -186,16 +194,20 @@ impl WeightFiles {
                 return Ok((file.clone(), None));
             }
             let io_error = |action, source| OnnxError::Io { path: file.opened.clone(), action, source };
-            let handle = File::open(&file.opened).map_err(|source| io_error("open", source))?;
-            let found_bytes = handle.metadata().map_err(|source| io_error("look at", source))?.len();
+            let opened = regular::open(&file.opened).map_err(|source| io_error("open", source))?;
+            let not_a_file = || OnnxError::NotAFile { path: file.opened.clone() };
+            let (handle, found_bytes) = opened.ok_or_else(not_a_file)?;
             if found_bytes != file.len {
                 let path = file.opened.clone();
                 return Err(OnnxError::FileChanged { path, expected_bytes: file.len, found_bytes });
             }
             Ok((file.clone(), Some(handle)))
         };
-        let whole = (0..).zip(files).filter(|(_, file)| file.read_on_loading);
-        let looked_at = whole.map(|(number, file)| FileRange { file: number, first: 0, end: file.len }).collect();
+        let range = |file, &(first, end): &(u64, u64)| FileRange { file, first, end };
+        let of_file = |(number, file): (u32, &SourceFile)| -> Vec<FileRange> {
+            file.read_on_loading.iter().map(|read| range(number, read)).collect()
+        };
+        let looked_at = (0..).zip(files).flat_map(of_file).collect();
         Ok(Self { files: files.iter().map(open).collect::<Result<_, _>>()?, looked_at: Mutex::new(Some(looked_at)) })
     }
 
@@ -300,7 +312,7 @@ mod tests {
 
     #[test]
     fn locations_outside_of_the_folder_are_refused() {
-        for location in ["/etc/passwd", "../w.bin", "sub/../../w.bin", "a\\b"] {
+        for location in ["/etc/passwd", "../w.bin", "sub/../../w.bin", "a\\b", "w\u{1b}[2J.bin", "w\n", "w\0"] {
             assert_eq!(problem(&save(&with_external(&[("location", location)]))), ExternalProblem::NotRelative);
         }
         assert_eq!(problem(&save(&with_external(&[("offset", "0")]))), ExternalProblem::NoLocation);

@@ -329,7 +329,7 @@ mod tests {
 
     fn read(proto: &TensorProto) -> Result<Tensor, TensorProblem> {
         let options = LoadOptions::default();
-        let mut files = SourceFiles::new(Path::new("model.onnx"), 100, &options);
+        let mut files = SourceFiles::new(Path::new("model.onnx"), 100, Vec::new(), &options);
         tensor(proto, &proto.name, &mut files).map_err(|error| match error {
             OnnxError::Tensor { tensor, problem } if tensor == "w" => problem,
             other => panic!("{other:?}"),

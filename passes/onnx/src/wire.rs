@@ -23,6 +23,10 @@ pub const INLINE_DATA_BYTES: u64 = 1024;
 /// neither raw nor packed floats. Decoding multiplies it by a small factor.
 pub const THIN_LIMIT_BYTES: u64 = 512 << 20;
 
+/// Fields that nothing reads and that are this long, in bytes, are not touched; shorter ones count as read, so that a
+/// model with a text for each node has not as many ranges.
+const UNTOUCHED_BYTES: u64 = 1 << 20;
+
 /// Levels of messages followed; prost stops at 100, and types nest a few more levels inside.
 pub const DEPTH_LIMIT: usize = 88;
 
@@ -92,11 +96,20 @@ impl Kind {
     }
 }
 
+/// A model file without long tensor data.
+#[derive(Debug)]
+pub struct Thinned {
+    /// The encoding of a `ModelProto`.
+    pub message: Vec<u8>,
+    /// First byte and end of what was read of the file, ascending: what makes the message what it is.
+    pub read: Vec<(u64, u64)>,
+}
+
 /// Reads the file at `path`, of `len` bytes, into the encoding of a `ModelProto` without long tensor data.
 ///
 /// # Errors
 /// When the file is no protocol buffer of a model, is cut, nests too deep, or leaves too much after thinning.
-pub fn thin(path: &Path, file: &File, len: u64) -> Result<Vec<u8>, OnnxError> {
+pub fn thin(path: &Path, file: &File, len: u64) -> Result<Thinned, OnnxError> {
     if len == 0 {
         return Err(OnnxError::Empty { path: path.to_owned() });
     }
@@ -107,10 +120,13 @@ pub fn thin(path: &Path, file: &File, len: u64) -> Result<Vec<u8>, OnnxError> {
         len,
         is_git_lfs_pointer: false,
         out: Vec::new(),
+        read: Vec::new(),
+        read_from: 0,
     };
     walk.look_at_start()?;
     walk.message(Kind::Model, len, 1)?;
-    Ok(walk.out)
+    walk.read.push((walk.read_from, len));
+    Ok(Thinned { message: walk.out, read: walk.read })
 }
 
 struct Walk<'a> {
@@ -121,6 +137,9 @@ struct Walk<'a> {
     len: u64,
     is_git_lfs_pointer: bool,
     out: Vec<u8>,
+    /// See [`Thinned`]; the last range is open and begins at `read_from`.
+    read: Vec<(u64, u64)>,
+    read_from: u64,
 }
 
 impl Walk<'_> {
@@ -163,7 +182,8 @@ impl Walk<'_> {
                     let length = self.varint(kind, end)?;
                     self.require(kind, at, length, end)?;
                     match action {
-                        Action::Drop => self.skip(length)?,
+                        Action::Drop if length < UNTOUCHED_BYTES => self.skip(length)?,
+                        Action::Drop => self.leave(length)?,
                         Action::Copy => self.copy_field(field, length)?,
                         Action::Walk(child) => self.child(field, child, length, depth)?,
                         Action::Data if length <= INLINE_DATA_BYTES => self.copy_field(field, length)?,
@@ -175,7 +195,7 @@ impl Walk<'_> {
                             let range = FileRange { offset: self.offset, length, field };
                             encode_key(FILE_RANGE_FIELD, WireType::LengthDelimited, &mut self.out);
                             self.out.extend_from_slice(&range.encode_length_delimited_to_vec());
-                            self.skip(length)?;
+                            self.leave(length)?;
                         }
                     }
                 }
@@ -243,6 +263,14 @@ impl Walk<'_> {
         // `length` is within the file, whose length fits an i64.
         self.reader.seek_relative(length as i64).map_err(|source| io_error(self.path, source))?;
         self.offset += length;
+        Ok(())
+    }
+
+    /// Skips what does not decide the message.
+    fn leave(&mut self, length: u64) -> Result<(), OnnxError> {
+        self.read.push((self.read_from, self.offset));
+        self.skip(length)?;
+        self.read_from = self.offset;
         Ok(())
     }
 
@@ -345,7 +373,7 @@ mod tests {
 
     fn thin_bytes(bytes: &[u8]) -> Result<Vec<u8>, OnnxError> {
         let saved = save_bytes(bytes);
-        thin(&saved.path, &File::open(&saved.path).unwrap(), bytes.len() as u64)
+        thin(&saved.path, &File::open(&saved.path).unwrap(), bytes.len() as u64).map(|thinned| thinned.message)
     }
 
     fn with_initializer(initializer: TensorProto) -> ModelProto {
@@ -379,6 +407,25 @@ mod tests {
             assert_eq!((data, range.field, &tensor.raw_data), (expected.as_slice(), 9, &None));
         }
         assert_eq!(thinned.initializer[1], proto.graph.unwrap().initializer[1]);
+    }
+
+    #[test]
+    fn all_but_weights_and_long_texts_counts_as_read() {
+        let data = vec![7; 2000];
+        let mut proto = with_initializer(TensorProto { raw_data: Some(data.clone()), ..tensor("w", &[500], &[]) });
+        proto.producer_name = "short".to_owned();
+        let mut bytes = proto.encode_to_vec();
+        // A text of the model, field 6, longer than what is read in passing; and a short one.
+        for length in [UNTOUCHED_BYTES, 100] {
+            encode_key(6, WireType::LengthDelimited, &mut bytes);
+            encode_varint(length, &mut bytes);
+            bytes.resize(bytes.len() + length as usize, b't');
+        }
+        let saved = save_bytes(&bytes);
+        let read = thin(&saved.path, &File::open(&saved.path).unwrap(), bytes.len() as u64).unwrap().read;
+        let left: Vec<&[u8]> = read.windows(2).map(|pair| &bytes[pair[0].1 as usize..pair[1].0 as usize]).collect();
+        assert_eq!(left, [data.as_slice(), &vec![b't'; UNTOUCHED_BYTES as usize]]);
+        assert_eq!((read[0].0, read[2].1), (0, bytes.len() as u64));
     }
 
     #[test]

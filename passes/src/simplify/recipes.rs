@@ -5,14 +5,17 @@
 //!
 //! A recipe is evaluated box by box while the plan is written, so only primitives that turn a box into boxes are taken
 //! at any size; others only while whole operands fit in memory. What repeats elements stays a node: it costs less to
-//! repeat them when they are read than to store them.
+//! repeat them when they are read than to store them. So does what would make a weight, or all weights together, much
+//! larger than what they are made from: a small model must not become a large plan (`%b = concat %a, %a`, then
+//! `%c = concat %b, %b`, and so on).
 
 use std::collections::{BTreeSet, HashMap, HashSet};
+use std::rc::Rc;
 
 use cpu::recipe::WeightBytes;
-use ir::{Graph, Module, Node, NodeId, Value, ValueDef, ValueId};
+use ir::{Graph, Module, Node, NodeId, Value, ValueDef, ValueId, Weight, WeightId};
 use planfile::op::PadMode;
-use planfile::{Op, Recipe, RecipeInput, Spec, SpecNode};
+use planfile::{Op, Recipe, RecipeInput, Spec, SpecNode, TensorType};
 
 use super::NAME;
 use super::fold::INLINE_BYTES;
@@ -25,6 +28,14 @@ const WHOLE_BYTES: u64 = 64 << 20;
 /// Primitives of one recipe.
 const MAX_RECIPE_NODES: usize = 256;
 
+/// A result may have so many times the elements of all that it is made from: padded, so that kernels see round sizes.
+const GROWTH: u64 = 2;
+
+/// All results together may have so many times the elements of the module's own constants, which may each be needed in
+/// more than one form, and [`FREE_ELEMENTS`] more.
+const TOTAL_GROWTH: u64 = 4;
+const FREE_ELEMENTS: u64 = 1 << 20;
+
 /// Replaces constant values that non-constant nodes read; whether there were any. Nodes left without readers stay.
 pub(super) fn run(module: &mut Module, bytes: &dyn WeightBytes) -> Result<bool, PassError> {
     let (mut weights, renamed) = Weights::new(&module.weights, bytes);
@@ -32,40 +43,116 @@ pub(super) fn run(module: &mut Module, bytes: &dyn WeightBytes) -> Result<bool, 
         return Err(PassError::Invalid { pass: NAME, why: "equal weights were not merged".to_owned() });
     }
     let mut changed = false;
+    let mut budget = Budget::new(&module.weights);
     for graph in &mut module.graphs {
-        changed |= absorb(graph, &mut weights);
+        changed |= absorb(graph, &mut weights, &mut budget);
     }
     module.weights = weights.into_table();
     Ok(changed)
 }
 
-fn absorb(graph: &mut Graph, weights: &mut Weights<'_>) -> bool {
-    // Primitives that make each constant value, values read by several counted more than once; none if not constant.
-    let mut lengths: Vec<Option<usize>> = graph
+/// Elements that recipes may still make.
+struct Budget {
+    elements: u64,
+}
+
+impl Budget {
+    /// What the weights' ingredients justify, less what their recipes make already.
+    fn new(weights: &[Weight]) -> Self {
+        let ingredients: HashSet<&RecipeInput> = weights.iter().flat_map(|weight| &weight.recipe.inputs).collect();
+        let sources = sum(ingredients.into_iter().map(|input| &input.ty));
+        let made = sum(weights.iter().filter(|weight| !weight.recipe.spec.nodes.is_empty()).map(|weight| &weight.ty));
+        Self { elements: sources.saturating_mul(TOTAL_GROWTH).saturating_add(FREE_ELEMENTS).saturating_sub(made) }
+    }
+
+    /// Whether there was room for so many.
+    fn take(&mut self, elements: u64) -> bool {
+        let left = self.elements.checked_sub(elements);
+        self.elements = left.unwrap_or(self.elements);
+        left.is_some()
+    }
+}
+
+/// Elements of all; saturates.
+fn sum<'a>(types: impl Iterator<Item = &'a TensorType>) -> u64 {
+    types.map(|ty| ty.elements().unwrap_or(u64::MAX)).fold(0, u64::saturating_add)
+}
+
+/// What is known of a constant value.
+#[derive(Clone)]
+struct Constant {
+    /// Primitives that make it, values read by several counted more than once.
+    length: usize,
+    /// Weights that it is made from.
+    leaves: Rc<BTreeSet<WeightId>>,
+}
+
+/// By value; none if not constant, or for want of room.
+fn constants(graph: &Graph, weights: &Weights<'_>, kept: &HashSet<NodeId>) -> Vec<Option<Constant>> {
+    let mut constants: Vec<Option<Constant>> = graph
         .values
         .iter()
         .map(|value| match value.def {
-            ValueDef::Weight(id) => Some(weights.get(id).recipe.spec.nodes.len()),
+            ValueDef::Weight(id) => {
+                let length = weights.get(id).recipe.spec.nodes.len();
+                Some(Constant { length, leaves: Rc::new(BTreeSet::from([id])) })
+            }
             ValueDef::Input(_) | ValueDef::State(_) | ValueDef::Node(..) => None,
         })
         .collect();
-    for node in &graph.nodes {
-        let operands = node.operands.iter().map(|operand| lengths[operand.index()]);
-        let length = operands.sum::<Option<usize>>().map(|length| length + 1);
-        let length = length.filter(|&length| length <= MAX_RECIPE_NODES && absorbs(graph, node));
+    for (number, node) in graph.nodes.iter().enumerate() {
+        let absorbed = || {
+            let of = |operand: &ValueId| constants[operand.index()].as_ref();
+            let length = node.operands.iter().map(|operand| of(operand).map(|constant| constant.length));
+            let length = length.sum::<Option<usize>>()? + 1;
+            if length > MAX_RECIPE_NODES || kept.contains(&NodeId(number as u32)) || !absorbs(graph, node) {
+                return None;
+            }
+            let mut operands = node.operands.iter().filter_map(of).map(|constant| &constant.leaves);
+            let first = Rc::clone(operands.next()?);
+            let leaves = operands.fold(first, |mut leaves, more| {
+                if !Rc::ptr_eq(&leaves, more) && !more.is_subset(&leaves) {
+                    Rc::make_mut(&mut leaves).extend(more.iter());
+                }
+                leaves
+            });
+            justified(graph, node, &leaves, weights).then_some(Constant { length, leaves })
+        };
+        let constant = absorbed();
         for result in &node.results {
-            lengths[result.index()] = length;
+            constants[result.index()].clone_from(&constant);
         }
     }
-    let constant =
-        |value: ValueId| lengths[value.index()].is_some() && matches!(graph.value(value).def, ValueDef::Node(..));
-    let mut wanted: BTreeSet<ValueId> = BTreeSet::new();
-    for node in &graph.nodes {
-        if node.results.iter().all(|&result| !constant(result)) {
-            wanted.extend(node.operands.iter().copied().filter(|&operand| constant(operand)));
+    constants
+}
+
+/// Whether what a node makes is small, or not much larger than what it is made from.
+fn justified(graph: &Graph, node: &Node, leaves: &BTreeSet<WeightId>, weights: &Weights<'_>) -> bool {
+    let ingredients: HashSet<&RecipeInput> = leaves.iter().flat_map(|&id| &weights.get(id).recipe.inputs).collect();
+    let sources = sum(ingredients.into_iter().map(|input| &input.ty));
+    let small = |&result: &ValueId| graph.ty(result).bytes().is_some_and(|bytes| bytes <= INLINE_BYTES);
+    let made = sum(node.results.iter().map(|&result| graph.ty(result)));
+    node.results.iter().all(small) || made <= sources.saturating_mul(GROWTH)
+}
+
+fn absorb(graph: &mut Graph, weights: &mut Weights<'_>, budget: &mut Budget) -> bool {
+    // Nodes that stay for want of room. What they read may be wanted instead.
+    let mut kept: HashSet<NodeId> = HashSet::new();
+    let wanted = loop {
+        let (wanted, before) = (wanted(graph, &constants(graph, weights, &kept)), kept.len());
+        let mut left = Budget { elements: budget.elements };
+        for &value in &wanted {
+            if let ValueDef::Node(id, _) = graph.value(value).def
+                && !left.take(graph.ty(value).elements().unwrap_or(u64::MAX))
+            {
+                kept.insert(id);
+            }
         }
-    }
-    wanted.extend(graph.outputs.iter().map(|output| output.value).filter(|&value| constant(value)));
+        if kept.len() == before {
+            *budget = left;
+            break wanted;
+        }
+    };
     let mut replacements: HashMap<ValueId, ValueId> = HashMap::new();
     let mut added = Vec::new();
     for &value in &wanted {
@@ -86,6 +173,20 @@ fn absorb(graph: &mut Graph, weights: &mut Weights<'_>) -> bool {
     !wanted.is_empty()
 }
 
+/// Constant values that nodes read which are none, and constant outputs.
+fn wanted(graph: &Graph, constants: &[Option<Constant>]) -> BTreeSet<ValueId> {
+    let constant =
+        |value: ValueId| constants[value.index()].is_some() && matches!(graph.value(value).def, ValueDef::Node(..));
+    let mut wanted: BTreeSet<ValueId> = BTreeSet::new();
+    for node in &graph.nodes {
+        if node.results.iter().all(|&result| !constant(result)) {
+            wanted.extend(node.operands.iter().copied().filter(|&operand| constant(operand)));
+        }
+    }
+    wanted.extend(graph.outputs.iter().map(|output| output.value).filter(|&value| constant(value)));
+    wanted
+}
+
 /// Whether a node of constants may become part of a recipe.
 fn absorbs(graph: &Graph, node: &Node) -> bool {
     let op = &node.op;
@@ -99,8 +200,7 @@ fn absorbs(graph: &Graph, node: &Node) -> bool {
         let mut values = node.operands.iter().chain(&node.results);
         values.all(|&value| graph.ty(value).bytes().is_some_and(|bytes| bytes <= limit))
     };
-    // A little padding is worth it, so that kernels see round sizes.
-    let room = if matches!(op, Op::Pad { .. }) { 2 } else { 1 };
+    let room = if matches!(op, Op::Pad { .. }) { GROWTH } else { 1 };
     let small = node.results.iter().all(|&value| graph.ty(value).bytes().is_some_and(|bytes| bytes <= INLINE_BYTES));
     let repeats = !small && elements(&node.results) > elements(&node.operands).saturating_mul(room);
     !repeats && (maps_boxes(op) || within(WHOLE_BYTES))
@@ -289,6 +389,54 @@ mod tests {
              %y = dot %x, %b {contract [1]x[0]}
              return %y",
         );
+    }
+
+    #[test]
+    fn doubling_ends_at_twice_the_source() {
+        check(
+            "%x: f32[8000]
+             %w: f32[8000] = weight file 0 at 0
+             %a = concat %w, %w {axis 0}
+             %n = pointwise %a {-$0}
+             %b = concat %a, %n {axis 0}
+             %m = pointwise %b {abs($0)}
+             %c = concat %b, %m {axis 0}
+             %y = concat %x, %c {axis 0}
+             return %y",
+            "%x: f32[8000]
+             %a: f32[16000] = weight recipe {
+               %0: f32[8000] = file 0 at 0
+               %1: f32[16000] = concat %0, %0 {axis 0}
+               return %1
+             }
+             %n: f32[16000] = weight recipe {
+               %0: f32[8000] = file 0 at 0
+               %1: f32[16000] = concat %0, %0 {axis 0}
+               %2: f32[16000] = pointwise %1 {-$0}
+               return %2
+             }
+             %b = concat %a, %n {axis 0}
+             %m = pointwise %b {abs($0)}
+             %y = concat %x, %b, %m {axis 0}
+             return %y",
+        );
+    }
+
+    #[test]
+    fn many_forms_of_one_constant_stay_within_the_budget() {
+        // Each could be a weight; all together are far more than the constant and the free room.
+        let count = 12;
+        let forms: String = (1..=count)
+            .map(|n| format!("%f{n} = pointwise %w {{$0 * {n}.5}}\n%r{n} = dot %x, %f{n} {{contract [0]x[0]}}\n"))
+            .collect();
+        let results: Vec<String> = (1..=count).map(|n| format!("%r{n}")).collect();
+        let text =
+            format!("%x: f32[1048576]\n%w: f32[1048576] = weight file 0 at 0\n{forms}return {}", results.join(", "));
+        let module = crate::simplify::simplify(ir::text::parse_lines(&text).unwrap(), &cpu::recipe::NoFiles).unwrap();
+        let made = module.weights.iter().filter(|weight| !weight.recipe.spec.nodes.is_empty()).count();
+        assert_eq!(made, 5);
+        let again = crate::simplify::simplify(module.clone(), &cpu::recipe::NoFiles).unwrap();
+        assert!(again == module);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! What can go wrong when a primitive is executed.
 
-use planfile::DType;
+use planfile::{DType, TensorType};
 
 /// Why a primitive could not be executed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -8,6 +8,9 @@ pub enum CpuError {
     /// The operands, results and attributes do not fit together.
     #[error("{0}")]
     Type(String),
+    /// There is less memory than a result takes.
+    #[error("{op}: {ty} takes {bytes} bytes, more than there is memory; use a machine with more of it")]
+    Memory { op: &'static str, ty: TensorType, bytes: u64 },
     /// A view's bytes are not as many as its type says.
     #[error("{what} has {actual} bytes, its type needs {expected}")]
     Length { what: String, expected: u64, actual: usize },

@@ -128,8 +128,8 @@ pub fn evaluate(op: &Op, operands: &[&Tensor]) -> Result<Vec<Tensor>, CpuError> 
     let types: Vec<&TensorType> = operands.iter().map(|operand| &operand.ty).collect();
     let types = infer(op, &types).map_err(|why| CpuError::Type(format!("{}: {why}", op.name())))?;
     let allocate = |ty: TensorType| {
-        let text = ty.to_string();
-        Tensor::zeroed(ty).ok_or_else(|| CpuError::Type(format!("{}: {text} does not fit in memory", op.name())))
+        let bytes = ty.bytes().unwrap_or(u64::MAX);
+        Tensor::zeroed(ty.clone()).ok_or_else(|| CpuError::Memory { op: op.name(), ty, bytes })
     };
     let mut results: Vec<Tensor> = types.into_iter().map(allocate).collect::<Result<_, _>>()?;
     let operands: Vec<View<'_>> = operands.iter().map(|&operand| View::from(operand)).collect();

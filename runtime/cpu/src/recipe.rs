@@ -50,10 +50,24 @@ pub enum RecipeError {
     Malformed(String),
     #[error("the box {region} does not fit in {ty}, or the memory for it has another size")]
     Region { region: Region, ty: TensorType },
+    #[error("{ty} takes {bytes} bytes, more than there is memory; use a machine with more of it")]
+    Memory { ty: TensorType, bytes: u64 },
     #[error(transparent)]
     Read(#[from] WeightReadError),
     #[error(transparent)]
     Evaluate(#[from] CpuError),
+}
+
+impl RecipeError {
+    /// There is less memory than a tensor of this type takes.
+    pub fn memory(ty: &TensorType) -> Self {
+        Self::Memory { ty: ty.clone(), bytes: ty.bytes().unwrap_or(u64::MAX) }
+    }
+
+    /// Whether it is for want of memory, and with more of it there would be no error.
+    pub fn is_memory(&self) -> bool {
+        matches!(self, Self::Memory { .. } | Self::Evaluate(CpuError::Memory { .. }))
+    }
 }
 
 /// A box within a tensor: first element and number of elements of each dimension.
@@ -129,8 +143,7 @@ pub fn read_cost(recipe: &Recipe, region: &Region) -> Result<u64, RecipeError> {
 /// As [`read_region`].
 pub fn read_all(recipe: &Recipe, bytes: &dyn WeightBytes) -> Result<Tensor, RecipeError> {
     let ty = demand::result_type(recipe)?;
-    let too_large = || RecipeError::Malformed(format!("{ty} does not fit in memory"));
-    let mut tensor = Tensor::zeroed(ty.clone()).ok_or_else(too_large)?;
+    let mut tensor = Tensor::zeroed(ty.clone()).ok_or_else(|| RecipeError::memory(&ty))?;
     read_region(recipe, &Region::whole(&ty), bytes, tensor.data.bytes_mut())?;
     Ok(tensor)
 }

@@ -26,6 +26,9 @@ pub const CHUNK_BYTES: u64 = 16 << 20;
 /// Alignment of sections in the file.
 pub const SECTION_ALIGN: u64 = 4096;
 
+/// Longest header that is read: the hashes of a file of 128 TiB.
+const MAX_HEAD_BYTES: u64 = 256 << 20;
+
 pub(crate) const HASH_BYTES: usize = 32;
 pub(crate) const FIXED_BYTES: usize = 64;
 const TABLE_ROW_BYTES: usize = 24;
@@ -150,7 +153,8 @@ pub(crate) struct Fixed {
 
 /// Reads the fixed part of a header: `start` is the first bytes of a file of `actual` bytes, at most [`FIXED_BYTES`].
 ///
-/// Allocates nothing, and bounds `head_bytes` by the length of the file.
+/// Allocates nothing, and bounds `head_bytes`: a file may state any length without taking it on disk, so it is little
+/// beside that length, and never more than [`MAX_HEAD_BYTES`].
 pub(crate) fn parse_fixed(start: &[u8], actual: u64) -> Result<Fixed, PlanError> {
     let known = start.len().min(MAGIC.len());
     if known == 0 || start[..known] != MAGIC[..known] {
@@ -177,9 +181,12 @@ pub(crate) fn parse_fixed(start: &[u8], actual: u64) -> Result<Fixed, PlanError>
     if actual > file_bytes {
         return Err(PlanError::Trailing { extra: actual - file_bytes });
     }
-    match body_offset(chunks) {
-        Some(head_bytes) if head_bytes <= file_bytes => Ok(Fixed { file_bytes, chunks, head_bytes }),
-        _ => Err(header(24, format!("{chunks} chunks do not fit in {file_bytes} bytes"))),
+    let head_bytes = body_offset(chunks).filter(|&head_bytes| head_bytes <= MAX_HEAD_BYTES);
+    match head_bytes.and_then(|head_bytes| Some((head_bytes, file_bytes.checked_sub(head_bytes)?))) {
+        Some((head_bytes, body)) if body.div_ceil(CHUNK_BYTES) == chunks => {
+            Ok(Fixed { file_bytes, chunks, head_bytes })
+        }
+        _ => Err(header(24, format!("{file_bytes} bytes do not make {chunks} chunks of {CHUNK_BYTES}"))),
     }
 }
 

@@ -4,6 +4,7 @@ use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
+use crate::replace::{ReplaceError, advice};
 use crate::verify::Finding;
 
 /// A plan that could not be written, read or trusted.
@@ -12,8 +13,12 @@ use crate::verify::Finding;
 pub enum PlanError {
     #[error("cannot {action} {}: {source}{}", path.display(), advice(source))]
     Io { action: &'static str, path: PathBuf, source: io::Error },
-    #[error("{} is not a regular file; name another file for the plan", path.display())]
+    #[error("{} is not a regular file; name a plan, or copy it into a file first", path.display())]
     NotAFile { path: PathBuf },
+    #[error(transparent)]
+    Replace(#[from] ReplaceError),
+    #[error("{what} takes {bytes} bytes, more than there is memory; use a machine with more of it")]
+    Memory { what: &'static str, bytes: u64 },
     #[error("this is not a plan: it does not begin with the mark of one; compile the model to get a plan")]
     NotAPlan,
     #[error("the plan has format version {found}, this program reads version {ours}; {}", version_advice(*found, *ours))]
@@ -36,13 +41,6 @@ pub enum PlanError {
     Weights { what: String },
     #[error("the plan contradicts itself; this is a bug of the compiler that wrote it, report it\n{}", Findings(.0))]
     Invalid(Vec<Finding>),
-}
-
-fn advice(source: &io::Error) -> &'static str {
-    match source.kind() {
-        io::ErrorKind::StorageFull => "; free some space, a plan that was there before is unchanged",
-        _ => "",
-    }
 }
 
 fn version_advice(found: u32, ours: u32) -> &'static str {

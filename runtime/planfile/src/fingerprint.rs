@@ -1,13 +1,13 @@
 //! What of a model's files decided a plan, so that new weights can be told from another model.
 //!
-//! A plan copies most bytes of its source files without looking at them: the ranges that recipes name. All others it
-//! depends on: the graph itself, constants kept in the plan, and weights whose values the compiler looked at. While
-//! those are the same, compiling again makes the same plan but for the bytes of its weights.
+//! A plan copies most bytes of its source files without looking at them, or has no use for them: a file may hold the
+//! weights of other models too. It depends on what was read while it was compiled: the graph itself, constants kept in
+//! the plan, and weights whose values the compiler looked at. While those are the same, compiling again makes the same
+//! plan but for the bytes of its weights. Nothing else is read, however long a file is.
 
 use serde::{Deserialize, Serialize};
 
-use crate::plan::PlanWeight;
-use crate::spec::{Source, SourceFile};
+use crate::spec::SourceFile;
 
 /// Bytes hashed in one go.
 const BLOCK_BYTES: u64 = 1 << 20;
@@ -30,30 +30,8 @@ pub struct FileRange {
     pub end: u64,
 }
 
-/// The ranges that decide a plan: all but what only recipes copy. `looked_at` is what the compiler read.
-pub fn decisive(files: &[SourceFile], weights: &[PlanWeight], looked_at: &[FileRange]) -> Vec<FileRange> {
-    let inputs = weights.iter().flat_map(|weight| &weight.recipe.inputs);
-    let copied = inputs.filter_map(|input| match input.source {
-        Source::File { file, offset } => {
-            Some(FileRange { file, first: offset, end: offset.saturating_add(input.ty.bytes().unwrap_or(0)) })
-        }
-        Source::Inline(_) | Source::Random { .. } => None,
-    });
-    let copied = merged(copied.collect());
-    let mut ranges = looked_at.to_vec();
-    for (file, bytes) in (0..).zip(files.iter().map(|file| file.bytes)) {
-        let mut at = 0;
-        for range in copied.iter().filter(|range| range.file == file) {
-            ranges.push(FileRange { file, first: at, end: range.first });
-            at = range.end;
-        }
-        ranges.push(FileRange { file, first: at, end: bytes });
-    }
-    merged(ranges)
-}
-
 /// The same bytes as disjoint ascending ranges; empty ones left out.
-fn merged(mut ranges: Vec<FileRange>) -> Vec<FileRange> {
+pub fn merged(mut ranges: Vec<FileRange>) -> Vec<FileRange> {
     ranges.retain(|range| range.first < range.end);
     ranges.sort_unstable();
     let mut merged: Vec<FileRange> = Vec::new();
@@ -93,7 +71,7 @@ pub fn digest<E>(
 }
 
 impl Fingerprint {
-    /// Whether the ranges are as [`decisive`] makes them for these files, so that hashing reads no byte twice.
+    /// Whether the ranges are as [`merged`] makes them for these files, so that hashing reads no byte twice.
     pub fn fits(&self, files: &[SourceFile]) -> bool {
         let inside = |range: &FileRange| {
             let bytes = files.get(range.file as usize).map_or(0, |file| file.bytes);
@@ -109,24 +87,21 @@ mod tests {
     use std::convert::Infallible;
 
     use super::*;
-    use crate::sample;
 
     fn range(file: u32, first: u64, end: u64) -> FileRange {
         FileRange { file, first, end }
     }
 
     #[test]
-    fn all_but_what_is_only_copied_decides() {
-        // The sample copies bytes 64..192 and 0..16 of its file.
-        let manifest = sample::plan().manifest;
-        let files = [manifest.files.clone(), vec![SourceFile { name: "absent".to_owned(), bytes: 0 }]].concat();
-        assert_eq!(decisive(&files, &manifest.weights, &[]), [range(0, 16, 64), range(0, 192, 4096)]);
-        let looked_at = [range(0, 100, 110), range(0, 105, 120), range(0, 180, 192)];
-        let found = decisive(&files, &manifest.weights, &looked_at);
-        assert_eq!(found, [range(0, 16, 64), range(0, 100, 120), range(0, 180, 4096)]);
+    fn ranges_are_disjoint_and_inside_of_their_files() {
+        let files =
+            [SourceFile { name: "a".to_owned(), bytes: 100 }, SourceFile { name: "absent".to_owned(), bytes: 0 }];
+        let read = vec![range(0, 90, 100), range(0, 0, 16), range(0, 40, 50), range(0, 7, 7), range(0, 45, 60)];
+        let found = merged(read);
+        assert_eq!(found, [range(0, 0, 16), range(0, 40, 60), range(0, 90, 100)]);
         let print = |ranges: &[FileRange]| Fingerprint { ranges: ranges.to_vec(), digest: [0; 32] };
         assert!(print(&found).fits(&files));
-        for wrong in [range(0, 4096, 4097), range(2, 0, 1), range(0, 5, 5)] {
+        for wrong in [range(0, 100, 101), range(1, 0, 1), range(0, 5, 5)] {
             assert!(!print(&[wrong]).fits(&files), "{wrong:?}");
         }
         assert!(!print(&[range(0, 0, 9), range(0, 9, 10)]).fits(&files));

@@ -15,7 +15,10 @@ pub mod frozen;
 pub mod infer;
 pub mod op;
 pub mod plan;
+pub mod printable;
 pub mod reader;
+pub mod regular;
+pub mod replace;
 #[cfg(test)]
 mod sample;
 pub mod spec;

@@ -12,6 +12,8 @@ use crate::codec;
 use crate::container::{self, FIXED_BYTES, Hash, Layout, Section, Span};
 use crate::error::PlanError;
 use crate::plan::Plan;
+use crate::regular;
+use crate::tensor::try_zeroed;
 use crate::verify::verify;
 
 /// Verified chunks kept in memory, so that small reads in a row hash each chunk about once.
@@ -80,10 +82,12 @@ impl PlanFile {
     /// # Errors
     /// The first damaged chunk, or the file system's.
     pub fn verify_all(&self, mut progress: impl FnMut(u64)) -> Result<(), PlanError> {
-        let mut buffer = Vec::new();
+        let (_, longest) = self.bytes.layout.chunk(0);
+        let mut buffer = zeroed(longest - self.bytes.layout.body, "a chunk of the plan")?;
         for chunk in 0..self.bytes.layout.chunks {
             let (first, end) = self.bytes.layout.chunk(chunk);
-            buffer.resize((end - first) as usize, 0);
+            // Only the last one is shorter.
+            buffer.truncate((end - first) as usize);
             self.bytes.read_chunk(chunk, &mut buffer, "body")?;
             progress(end);
         }
@@ -104,17 +108,12 @@ struct Chunks {
 impl Chunks {
     fn open(path: &Path) -> Result<Self, PlanError> {
         let failed = |source| PlanError::Io { action: "open", path: path.to_owned(), source };
-        let file = File::open(path).map_err(failed)?;
-        let metadata = file.metadata().map_err(failed)?;
-        if !metadata.is_file() {
-            return Err(PlanError::NotAFile { path: path.to_owned() });
-        }
-        let actual = metadata.len();
+        let opened = regular::open(path).map_err(failed)?;
+        let (file, actual) = opened.ok_or_else(|| PlanError::NotAFile { path: path.to_owned() })?;
         let mut start = vec![0; FIXED_BYTES.min(usize::try_from(actual).unwrap_or(FIXED_BYTES))];
         file.read_exact_at(&mut start, 0).map_err(failed)?;
         let fixed = container::parse_fixed(&start, actual)?;
-        let too_long = |_| PlanError::Header { offset: 24, what: "more chunks than memory has room for".to_owned() };
-        let mut head = vec![0; usize::try_from(fixed.head_bytes).map_err(too_long)?];
+        let mut head = zeroed(fixed.head_bytes, "the header of the plan")?;
         file.read_exact_at(&mut head, 0).map_err(failed)?;
         let (layout, hashes) = container::parse_head(&fixed, &head)?;
         Ok(Self { file, path: path.to_owned(), layout, hashes, cache: Mutex::default() })
@@ -125,8 +124,7 @@ impl Chunks {
         if bytes > codec::MAX_SECTION_BYTES {
             return Err(PlanError::TooLarge { section: section.name(), bytes, limit: codec::MAX_SECTION_BYTES });
         }
-        // The section lies inside the file, and within the limit just checked.
-        let mut encoded = vec![0; bytes as usize];
+        let mut encoded = zeroed(bytes, section.name())?;
         self.read(offset, &mut encoded, section.name())?;
         codec::decode(&encoded).map_err(|what| PlanError::Decode { section: section.name(), offset, what })
     }
@@ -160,7 +158,7 @@ impl Chunks {
             return Ok(Arc::clone(bytes));
         }
         let (first, end) = self.layout.chunk(chunk);
-        let mut bytes = vec![0; (end - first) as usize];
+        let mut bytes = zeroed(end - first, "a chunk of the plan")?;
         self.read_chunk(chunk, &mut bytes, what)?;
         let bytes = Arc::new(bytes);
         let mut cache = lock();
@@ -184,6 +182,10 @@ impl Chunks {
             _ => Err(PlanError::Damaged { first, end, what }),
         }
     }
+}
+
+fn zeroed(bytes: u64, what: &'static str) -> Result<Vec<u8>, PlanError> {
+    usize::try_from(bytes).ok().and_then(try_zeroed).ok_or(PlanError::Memory { what, bytes })
 }
 
 #[cfg(test)]

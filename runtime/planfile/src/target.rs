@@ -96,6 +96,10 @@ impl Target {
     }
 
     fn check(&self) -> Result<(), String> {
+        let names = [&self.name, &self.device.architecture].into_iter().chain(self.links.iter().map(|link| &link.name));
+        if names.into_iter().any(|name| name.contains(char::is_control)) {
+            return Err("names must not have control characters".to_owned());
+        }
         let positive = |value: f64| value.is_finite() && value > 0.0;
         let device = &self.device;
         let rates = device.matrix_operations_per_second.iter().map(|rate| rate.1);

@@ -7,6 +7,11 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use crate::dtype::DType;
 use crate::types::TensorType;
 
+/// So many zeros; `None` where the machine has no room for them.
+pub fn try_zeroed<T: bytemuck::Zeroable>(len: usize) -> Option<Vec<T>> {
+    bytemuck::allocation::try_zeroed_slice_box(len).ok().map(Vec::from)
+}
+
 /// Bytes aligned for every element type.
 #[derive(Clone, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Buffer {
@@ -22,15 +27,20 @@ impl Buffer {
 
     /// As [`Self::zeroed`]; `None` where the machine has no room for it.
     pub fn try_zeroed(len: usize) -> Option<Self> {
-        // Reserved and given back first: there is no fallible way to get memory that is zero already.
-        Vec::<u64>::new().try_reserve_exact(len.div_ceil(8)).ok()?;
-        Some(Self::zeroed(len))
+        Some(Self { words: try_zeroed(len.div_ceil(8))?, len })
     }
 
     pub fn from_bytes(bytes: &[u8]) -> Self {
         let mut buffer = Self::zeroed(bytes.len());
         buffer.bytes_mut().copy_from_slice(bytes);
         buffer
+    }
+
+    /// As [`Self::from_bytes`]; `None` where the machine has no room for them.
+    pub fn try_from_bytes(bytes: &[u8]) -> Option<Self> {
+        let mut buffer = Self::try_zeroed(bytes.len())?;
+        buffer.bytes_mut().copy_from_slice(bytes);
+        Some(buffer)
     }
 
     pub fn len(&self) -> usize {

@@ -22,11 +22,13 @@ mod placed;
 mod programs;
 mod splits;
 mod steps;
+mod texts;
 
 use std::fmt;
 
 use crate::infer::MAX_RANK;
 use crate::plan::Plan;
+use crate::printable::printable;
 use crate::types::TensorType;
 
 /// Alignment of tensors in every arena, in bytes.
@@ -62,6 +64,7 @@ impl fmt::Display for Finding {
 /// What contradicts, at most a few dozen findings.
 pub fn verify(plan: &Plan) -> Result<(), Vec<Finding>> {
     let mut report = Report::default();
+    texts::check(plan, &mut report);
     manifest::check(plan, &mut report);
     let stages = programs::check_stages(plan, &mut report);
     report.end_phase()?;
@@ -91,7 +94,9 @@ struct Report {
 impl Report {
     fn add(&mut self, at: impl fmt::Display, what: impl Into<String>) {
         if self.findings.len() < MAX_FINDINGS {
-            self.findings.push(Finding { at: at.to_string(), what: what.into() });
+            // Names are part of both, and may be of a plan that is refused for its names.
+            let [at, what] = [at.to_string(), what.into()].map(|text| printable(&text).into_owned());
+            self.findings.push(Finding { at, what });
         }
     }
 

@@ -1,9 +1,7 @@
-//! Writes plan files: beside the target, then renamed, so that a plan is either whole or not there.
+//! Writes plan files: beside the target, then renamed (see [`crate::replace`]), so that a plan is either whole or not there.
 
-use std::fs;
 use std::io::{self, BufWriter, Seek, SeekFrom, Write};
-use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde::Serialize;
 
@@ -11,7 +9,11 @@ use crate::codec;
 use crate::container::{CHUNK_BYTES, HASH_BYTES, Hash, Layout, SECTIONS, Section};
 use crate::error::PlanError;
 use crate::plan::{Manifest, Plan};
+use crate::replace::Replacement;
 use crate::verify::verify;
+
+/// How the names of unfinished plans begin.
+pub const PREFIX: &str = ".plan-";
 
 /// Writes `plan` to `path`. `weights` pushes the bytes of the weights section, front to back.
 ///
@@ -27,38 +29,9 @@ pub fn write_plan<E: From<PlanError>>(
     weights: impl FnOnce(&mut WeightSink<'_>) -> Result<(), E>,
 ) -> Result<(), E> {
     verify(plan).map_err(PlanError::Invalid)?;
-    let path = replaceable(path)?;
-    let folder = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    let failed = |action| {
-        let path = path.clone();
-        move |source| PlanError::Io { action, path, source }
-    };
-    let mut beside = tempfile::Builder::new()
-        .prefix(".plan-")
-        .permissions(fs::Permissions::from_mode(0o666))
-        .tempfile_in(folder)
-        .map_err(failed("create a file beside"))?;
-    write_to(beside.as_file_mut(), &path, plan, weights)?;
-    beside.as_file().sync_all().map_err(failed("write"))?;
-    beside.persist(&path).map_err(|error| failed("replace")(error.error))?;
-    // The rename itself must survive a power cut too.
-    fs::File::open(folder).and_then(|folder| folder.sync_all()).map_err(failed("write the folder of"))?;
-    Ok(())
-}
-
-/// The file that `path` names, through links. A device or a folder is refused: renaming would replace it.
-fn replaceable(path: &Path) -> Result<PathBuf, PlanError> {
-    match fs::metadata(path) {
-        Ok(metadata) if metadata.is_file() => {
-            let failed = |source| PlanError::Io { action: "find", path: path.to_owned(), source };
-            fs::canonicalize(path).map_err(failed)
-        }
-        Ok(_) => Err(PlanError::NotAFile { path: path.to_owned() }),
-        Err(_) => Ok(path.to_owned()),
-    }
+    let mut beside = Replacement::new(path, PREFIX).map_err(PlanError::from)?;
+    write_to(beside.file(), path, plan, weights)?;
+    Ok(beside.finish_durably().map_err(PlanError::from)?)
 }
 
 /// Writes a plan to anything seekable, from its current beginning on; `path` is for messages.

@@ -7,6 +7,9 @@ use std::process::ExitCode;
 use cpu::recipe::RecipeError;
 use miette::{Diagnostic, MietteHandlerOpts, Report};
 use planfile::PlanError;
+use planfile::printable::{printable_json, printable_lines};
+use planfile::replace::ReplaceError;
+use serde_json::Value;
 
 use crate::cuda::CudaError;
 use crate::error::{RuntimeError, StepError};
@@ -58,11 +61,31 @@ impl Diagnostic for Failure {}
 impl From<PlanError> for Failure {
     fn from(error: PlanError) -> Self {
         let exit = match &error {
-            PlanError::Io { .. } | PlanError::NotAFile { .. } => Exit::File,
+            PlanError::Io { source, .. } => exit_of_io(source),
+            PlanError::Replace(error) => exit_of_replacing(error),
+            PlanError::NotAFile { .. } => Exit::File,
             PlanError::OutsideWeights { .. } | PlanError::Weights { .. } => Exit::Internal,
             _ => Exit::Invalid,
         };
         Self::new(exit, error)
+    }
+}
+
+/// A file that does not fit in memory could be read.
+pub fn exit_of_io(error: &io::Error) -> Exit {
+    if error.kind() == io::ErrorKind::OutOfMemory { Exit::Invalid } else { Exit::File }
+}
+
+fn exit_of_replacing(error: &ReplaceError) -> Exit {
+    match error {
+        ReplaceError::Io { source, .. } => exit_of_io(source),
+        _ => Exit::File,
+    }
+}
+
+impl From<ReplaceError> for Failure {
+    fn from(error: ReplaceError) -> Self {
+        Self::new(exit_of_replacing(&error), error)
     }
 }
 
@@ -86,9 +109,10 @@ impl From<RuntimeError> for Failure {
             | RuntimeError::GpuMemory { .. }
             | RuntimeError::OtherVersion { .. }
             | RuntimeError::Thread { .. } => Exit::Machine,
-            RuntimeError::GpuCount { .. } | RuntimeError::SameGpu { .. } | RuntimeError::OnlyOnGpus { .. } => {
-                Exit::Usage
-            }
+            RuntimeError::GpuCount { .. }
+            | RuntimeError::SameGpu { .. }
+            | RuntimeError::OnlyOnGpus { .. }
+            | RuntimeError::TooManyThreads { .. } => Exit::Usage,
             RuntimeError::Plan(_)
             | RuntimeError::Step { .. }
             | RuntimeError::NotForGpus { .. }
@@ -121,10 +145,10 @@ impl From<RefitError> for Failure {
     fn from(error: RefitError) -> Self {
         let exit = match error {
             RefitError::Plan(error) | RefitError::Image(ImageError::Sink(error)) => return error.into(),
-            RefitError::Io { .. }
-            | RefitError::NotAFile { .. }
+            RefitError::NotAFile { .. }
             | RefitError::Read(_)
             | RefitError::Image(ImageError::Recipe { source: RecipeError::Read(_), .. }) => Exit::File,
+            RefitError::Io { ref source, .. } => exit_of_io(source),
             RefitError::NoFiles
             | RefitError::Location { .. }
             | RefitError::Outside { .. }
@@ -141,8 +165,12 @@ impl From<RefitError> for Failure {
 impl From<TensorFileError> for Failure {
     fn from(error: TensorFileError) -> Self {
         let exit = match &error {
-            TensorFileError::Io { .. } | TensorFileError::NotAFile { .. } => Exit::File,
+            TensorFileError::Io { source, .. } => exit_of_io(source),
+            TensorFileError::Replace(error) => exit_of_replacing(error),
+            TensorFileError::NotAFile { .. } => Exit::File,
             TensorFileError::TooLarge { .. }
+            | TensorFileError::Memory { .. }
+            | TensorFileError::Gap { .. }
             | TensorFileError::NotATensor { .. }
             | TensorFileError::NotAnArchive { .. }
             | TensorFileError::Array { .. }
@@ -154,8 +182,9 @@ impl From<TensorFileError> for Failure {
 
 /// Reports a failure on standard error; the exit code.
 pub fn finish(outcome: Result<Exit, Failure>) -> ExitCode {
-    let exit = outcome.unwrap_or_else(|failure| {
+    let exit = outcome.unwrap_or_else(|mut failure| {
         let exit = failure.exit;
+        failure.message = printable_lines(&failure.message).into_owned();
         // Lines are wrapped for people only; a second hook would be refused, and the first is as good.
         let wrap = io::stderr().is_terminal();
         let _ = miette::set_hook(Box::new(move |_| Box::new(MietteHandlerOpts::new().wrap_lines(wrap).build())));
@@ -166,15 +195,28 @@ pub fn finish(outcome: Result<Exit, Failure>) -> ExitCode {
 }
 
 /// Says something on standard error that does not end the command.
-pub(super) fn warn(text: &str) {
-    let _ = writeln!(io::stderr(), "warning: {text}");
+pub fn warn(text: &str) {
+    let _ = writeln!(io::stderr(), "warning: {}", printable_lines(text));
 }
 
-/// Writes to standard output. A reader that has gone, such as `head`, is no failure.
+/// Writes to standard output, control characters shown: names of a model or plan must not command a terminal. A reader
+/// that has gone, such as `head`, is no failure.
 ///
 /// # Errors
 /// [`Exit::File`], disk full included.
 pub fn print(text: &str) -> Result<(), Failure> {
+    write(&printable_lines(text))
+}
+
+/// As [`print`], a report for programs.
+///
+/// # Errors
+/// As [`print`].
+pub fn print_json(report: &Value) -> Result<(), Failure> {
+    write(&printable_json(&format!("{report:#}\n")))
+}
+
+fn write(text: &str) -> Result<(), Failure> {
     let mut out = io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {

@@ -1,5 +1,6 @@
 //! Signs of life on standard error, where that is a terminal.
 
+use std::io::{self, IsTerminal};
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
@@ -20,6 +21,10 @@ pub fn bytes_bar(what: &'static str, total_bytes: u64) -> ProgressBar {
 
 /// A spinner for work of unknown length; hidden where standard error is no terminal.
 pub fn spinner() -> ProgressBar {
+    // Ticks come from a thread, which only a terminal is worth.
+    if !io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
     let spinner = ProgressBar::new_spinner();
     spinner.enable_steady_tick(Duration::from_millis(100));
     spinner

@@ -10,6 +10,7 @@ use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
 use cpu::CpuError;
 use planfile::frozen::FrozenSummary;
 use planfile::plan::PlanEntry;
+use planfile::printable::printable;
 use planfile::{PlanFile, Tensor};
 use serde::Serialize;
 
@@ -20,6 +21,7 @@ use crate::compare::{Tolerance, compare, to_f64s};
 use crate::cuda::OtherVersion;
 use crate::error::{RuntimeError, StepError};
 use crate::npz::{read_npz, write_npz};
+use crate::session::MAX_THREADS;
 use crate::tensor_file::TestData;
 use crate::{Devices, Session, random_inputs};
 
@@ -51,6 +53,11 @@ fn not_negative(text: &str) -> Result<f64, String> {
     if value >= 0.0 && value.is_finite() { Ok(value) } else { Err("must be a number from 0 up".to_owned()) }
 }
 
+fn threads(text: &str) -> Result<NonZero<usize>, String> {
+    let number = text.parse().ok().filter(|number: &NonZero<usize>| number.get() <= MAX_THREADS);
+    number.ok_or_else(|| format!("must be a number from 1 to {MAX_THREADS}"))
+}
+
 /// Where a plan runs.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub struct DeviceFlags {
@@ -60,8 +67,8 @@ pub struct DeviceFlags {
     /// Refuse libraries of other versions than the plan records
     #[arg(long)]
     pub strict: bool,
-    /// Threads of each virtual device; without it, they share the cores
-    #[arg(long, value_name = "N")]
+    /// Threads of each virtual device, 4096 for all together at most; without it, they share the cores
+    #[arg(long, value_name = "N", value_parser = threads)]
     pub threads: Option<NonZero<usize>>,
 }
 
@@ -195,7 +202,11 @@ fn other_version_text(OtherVersion { library, recorded, found, path }: &OtherVer
 pub(super) fn given_inputs(entry: &PlanEntry, data: Data<'_>) -> Result<BTreeMap<String, Tensor>, Failure> {
     match data {
         Data::Random => Ok(random_inputs(entry, RANDOM_SEED)?),
-        Data::Npz(path) => Ok(read_npz(path)?),
+        // As the compiler does with the model's names.
+        Data::Npz(path) => {
+            let shown = |(name, tensor): (String, Tensor)| (printable(&name).into_owned(), tensor);
+            Ok(read_npz(path)?.into_iter().map(shown).collect())
+        }
         Data::TestData(data) => by_name(entry, data),
     }
 }

@@ -193,6 +193,10 @@ impl Opened {
         let mut refused = Vec::new();
         if let Some(given) = &places.given {
             let path = given.display().to_string();
+            // The loader would wait for a pipe.
+            if fs::metadata(given).is_ok_and(|metadata| !metadata.is_file()) {
+                return Err(CudaError::GivenAbsent { library, path, reason: "it is not a regular file".to_owned() });
+            }
             return match open_with_parts(given, library) {
                 Ok(handle) => Ok(Self::new(library, handle, path)),
                 Err(reason) => Err(CudaError::GivenAbsent { library, path, reason }),

@@ -27,15 +27,18 @@ pub(super) fn in_order<J: Sync, M: Send, E>(
     thread::scope(|scope| {
         // Whatever ends this function early ends the threads too.
         let _end = End(&line);
-        for _ in 0..threads {
-            scope.spawn(|| {
-                let _end = EndOnPanic(&line);
-                while let Some(index) = line.begin(jobs, &bytes) {
-                    let made = make(&jobs[index]);
-                    line.lock().made.insert(index, made);
-                    line.ready.notify_one();
-                }
-            });
+        let work = || {
+            let _end = EndOnPanic(&line);
+            while let Some(index) = line.begin(jobs, &bytes) {
+                let made = make(&jobs[index]);
+                line.lock().made.insert(index, made);
+                line.ready.notify_one();
+            }
+        };
+        // Those that the system has no room for are done without.
+        let begun = (0..threads).map(|_| thread::Builder::new().spawn_scoped(scope, work).is_ok());
+        if begun.filter(|begun| *begun).count() == 0 {
+            return jobs.iter().try_for_each(|job| take(job, make(job)));
         }
         for (index, job) in jobs.iter().enumerate() {
             // None after a panic, which the scope hands on.

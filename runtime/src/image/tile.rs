@@ -10,7 +10,7 @@ use std::sync::Arc;
 use cpu::recipe::{RecipeError, Region, WeightBytes, read_cost, read_region};
 use planfile::plan::{Manifest, PlacedWeight, PlanPiece};
 use planfile::types::strides;
-use planfile::{Buffer, Recipe};
+use planfile::{Buffer, DType, Recipe, TensorType};
 
 /// Bytes of a tile whose source lies as it does.
 const TILE_BYTES: u64 = 16 << 20;
@@ -199,8 +199,11 @@ impl Tile<'_> {
 
     pub(super) fn make(&self, bytes: &dyn WeightBytes) -> Result<Buffer, Fault> {
         let part = &self.part;
-        let memory = || RecipeError::Malformed(format!("{} bytes of a weight do not fit in memory", self.bytes()));
-        let mut tile = Buffer::try_zeroed(self.bytes() as usize).ok_or_else(memory).map_err(Fault::Recipe)?;
+        let zeroed = |bytes: u64| {
+            let buffer = usize::try_from(bytes).ok().and_then(Buffer::try_zeroed);
+            buffer.ok_or_else(|| Fault::Recipe(RecipeError::memory(&TensorType::new(DType::U8, &[bytes]))))
+        };
+        let mut tile = zeroed(self.bytes())?;
         for pieces in boxes(&part.runs, part.lead, self.first, self.count) {
             let mut cuts = Vec::new();
             if part.recipe.spec.nodes.is_empty() && self.place(&pieces).is_some() {
@@ -215,7 +218,7 @@ impl Tile<'_> {
                 match self.place(&pieces) {
                     Some(start) => read(&mut tile.bytes_mut()[start..start + len]).map_err(Fault::Recipe)?,
                     None => {
-                        let mut dense = Buffer::zeroed(len);
+                        let mut dense = zeroed(len as u64)?;
                         read(dense.bytes_mut()).map_err(Fault::Recipe)?;
                         let element = part.element_bytes;
                         let before = self.first * self.row_bytes / element;
@@ -285,7 +288,7 @@ fn paste(dense: &[u8], tile: &mut [u8], pieces: &[PlanPiece], local: &[u64], bef
 #[cfg(test)]
 mod tests {
     use cpu::recipe::{WeightReadError, read_all};
-    use planfile::{DType, Expr, ExprOp, Op, RecipeInput, Source, Spec, SpecNode, TensorType};
+    use planfile::{Expr, ExprOp, Op, RecipeInput, Source, Spec, SpecNode};
 
     use super::*;
 

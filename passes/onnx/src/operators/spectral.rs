@@ -22,6 +22,8 @@ pub(super) const OPERATORS: &[Operator] = &[
 
 /// Longest transform: its matrix has four numbers for each pair of positions.
 const LENGTH_MAX: u64 = 4096;
+/// Elements of a matrix of filters, which becomes a constant of the plan.
+const FILTER_ELEMENTS_MAX: usize = 1 << 22;
 
 #[derive(Clone, Copy)]
 struct Transform {
@@ -176,6 +178,10 @@ fn mel_weight_matrix(ctx: &mut Context<'_>) -> Result<Vec<ValueId>, OpError> {
         return Err(ctx.invalid(&format!("{filters} filters from {low} to {high} at {rate}, of length {length}")));
     }
     let (rows, columns) = ((length / 2.0).floor() as usize + 1, filters as usize);
+    if rows.saturating_mul(columns) > FILTER_ELEMENTS_MAX {
+        let hint = format!("a matrix of {rows} x {columns}; the limit is {FILTER_ELEMENTS_MAX} elements");
+        return Err(ctx.unsupported(&hint));
+    }
     let mel = |hertz: f64| 2595.0 * (1.0 + hertz / 700.0).log10();
     let step = (mel(high) - mel(low)) / (filters + 2.0);
     let bin = |index: usize| {
@@ -224,6 +230,14 @@ mod tests {
         let case = Case::new("STFT", 17).input(tensor(&[1, 4, 1], &[1f32, 2.0, 3.0, 4.0]));
         let case = case.constant(tensor(&[], &[2i64])).constant(tensor(&[2], &[1f32, 10.0]));
         assert_close(&case.one(), &[1, 2, 2, 2], &[21.0, 0.0, -19.0, 0.0, 43.0, 0.0, -37.0, 0.0]);
+    }
+
+    #[test]
+    fn matrices_of_filters_are_bounded() {
+        let [filters, length, rate] = [999_999i64, 999_999, 16_000].map(|number| tensor(&[], &[number]));
+        let case = Case::new("MelWeightMatrix", 17).constant(filters).constant(length).constant(rate);
+        let case = case.constant(tensor(&[], &[0f32])).constant(tensor(&[], &[8000f32]));
+        assert!(case.error().contains("the limit is"), "{}", case.error());
     }
 
     #[test]

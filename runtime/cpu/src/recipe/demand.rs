@@ -230,10 +230,7 @@ impl<'a> Plan<'a> {
 
     fn evaluate(&self, demand: &Demand, operands: &[&Tensor], bytes: &dyn WeightBytes) -> Result<Tensor, RecipeError> {
         let ty = demand.region.ty(self.values.types[demand.value].dtype);
-        let zeroed = || {
-            let tensor = Tensor::zeroed(ty.clone());
-            tensor.ok_or_else(|| RecipeError::Malformed(format!("{ty} does not fit in memory")))
-        };
+        let zeroed = || Tensor::zeroed(ty.clone()).ok_or_else(|| RecipeError::memory(&ty));
         match (&demand.how, &self.values.origins[demand.value]) {
             (How::Read, Origin::Input(input)) => {
                 let mut tensor = zeroed()?;

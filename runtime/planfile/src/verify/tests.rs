@@ -110,6 +110,22 @@ fn mesh_and_names() {
 }
 
 #[test]
+fn texts_are_printable() {
+    refused("weight `w\\u{1b}[2J`: has control characters", |plan| {
+        plan.manifest.weights[0].name = "w\u{1b}[2J".to_owned()
+    });
+    refused("node `a\\nb`", |plan| plan.explanations.names.push("a\nb".to_owned()));
+    refused("sentence `\\u{9b}`", |plan| plan.explanations.sharding.push("\u{9b}".to_owned()));
+    refused("input `\\u{7f}`", |plan| plan.manifest.entries[0].inputs[0].name = "\u{7f}".to_owned());
+    refused("file `\\r`", |plan| plan.manifest.files[0].name = "\r".to_owned());
+    refused("kernel `\\0`", |plan| plan.kernels[0].name = "\0".to_owned());
+    // Names of another script are no control characters.
+    let mut plan = sample::plan();
+    plan.manifest.model = "größe → 大小".to_owned();
+    verify(&plan).unwrap();
+}
+
+#[test]
 fn recipes() {
     let source = |plan: &mut Plan, source| plan.manifest.weights[0].recipe.inputs[0].source = source;
     refused("the recipe reads file 1", |plan| source(plan, Source::File { file: 1, offset: 0 }));
