@@ -376,6 +376,108 @@ fn sizes_that_overflow_are_refused() {
     Desk::new(&model(graph, vec![])).refused("dense form");
 }
 
+/// Where a file ends says nothing of how much of it is there, or used.
+#[test]
+fn only_what_a_model_uses_of_a_file_is_read() {
+    let offset = ((1u64 << 40) - 8).to_string();
+    let entries = [("location", "w.bin"), ("offset", offset.as_str()), ("length", "8")];
+    let graph = GraphProto { initializer: vec![external(1, &entries)], ..graph(vec![add()]) };
+    // A text of a gibibyte that nobody reads, at the end of the model itself.
+    let mut bytes = model(graph, vec![]);
+    prost::encoding::encode_key(6, prost::encoding::WireType::LengthDelimited, &mut bytes);
+    prost::encoding::encode_varint(1 << 30, &mut bytes);
+    let desk = Desk::new(&bytes);
+    let grown = |name: &str, bytes: u64| {
+        let file = fs::File::options().create(true).append(true).open(desk.path(name)).unwrap();
+        file.set_len(bytes).unwrap();
+    };
+    grown("model/x.onnx", bytes.len() as u64 + (1 << 30));
+    grown("model/w.bin", 1 << 40);
+    let (code, said) = desk.compile(&[]);
+    assert_eq!(code, 0, "{said}");
+    let plan = planfile::PlanFile::open(&desk.path("x.plan")).unwrap().into_plan();
+    let read: u64 = plan.manifest.fingerprint.ranges.iter().map(|range| range.end - range.first).sum();
+    assert!(read < 4096, "{read}");
+    let sources = runtime::refit::Sources { weights: &desk.path("model"), external_data_root: None };
+    runtime::refit::refit(plan, sources, &desk.path("new.plan"), |_| {}).unwrap();
+    assert!(fs::read(desk.path("x.plan")).unwrap() == fs::read(desk.path("new.plan")).unwrap());
+}
+
+#[test]
+fn a_small_model_does_not_become_a_large_plan() {
+    let axis = || AttributeProto { i: Some(0), ..attribute("axis", AttributeType::Int) };
+    let constant = TensorProto {
+        name: "v0".into(),
+        dims: vec![2],
+        data_type: 1,
+        raw_data: Some(vec![1; 8]),
+        ..TensorProto::default()
+    };
+    let with = |nodes| GraphProto {
+        initializer: vec![constant.clone()],
+        output: vec![value("y", 1, &[2 << 24])],
+        ..graph(nodes)
+    };
+    let (before, after) = (|level: usize| format!("v{level}"), |level: usize| format!("v{}", level + 1));
+    let doubled = |other: &dyn Fn(usize) -> NodeProto| {
+        let concat =
+            |level: usize| node("Concat", &[&before(level), &format!("o{level}")], &[&after(level)], vec![axis()]);
+        let mut nodes: Vec<NodeProto> = (0..24).flat_map(|level| [other(level), concat(level)]).collect();
+        nodes.push(node("Identity", &["v24"], &["y"], vec![]));
+        nodes
+    };
+    // Each twice as long as the one before: the same again, and another.
+    let same = |level: usize| node("Identity", &[&before(level)], &[&format!("o{level}")], vec![]);
+    let other = |level: usize| node("Exp", &[&before(level)], &[&format!("o{level}")], vec![]);
+    for nodes in [doubled(&same), doubled(&other)] {
+        let desk = Desk::new(&model(with(nodes), vec![]));
+        let (code, said) = desk.compile(&[]);
+        assert_eq!(code, 0, "{said}");
+        let bytes = fs::metadata(desk.path("x.plan")).unwrap().len();
+        assert!(bytes < 1 << 20, "{bytes}");
+    }
+}
+
+#[test]
+fn names_cannot_command_a_terminal() {
+    const CLEAR: &str = "\u{1b}[2J\u{9b}31m\r";
+    let name = |name: &str| format!("{name}{CLEAR}\n");
+    let nodes = vec![
+        NodeProto { name: name("n"), ..node("Neg", &[&name("x")], &[&name("z")], vec![]) },
+        NodeProto { name: name("m"), ..node("Exp", &[&name("z")], &[&name("y")], vec![]) },
+    ];
+    let with = |nodes: Vec<NodeProto>, sizes: &[i64]| {
+        let graph = GraphProto { name: name("g"), ..graph(nodes) };
+        GraphProto { input: vec![value(&name("x"), 1, sizes)], output: vec![value(&name("y"), 1, sizes)], ..graph }
+    };
+    let said_by = |model: &[u8], arguments: &[&str]| {
+        let desk = Desk::new(model);
+        let output = Command::new(env!("CARGO_BIN_EXE_compile"))
+            .args(["model/x.onnx", "-o", "x.plan"])
+            .args(arguments)
+            .current_dir(desk.folder.path())
+            .output()
+            .unwrap();
+        let said = String::from_utf8([output.stdout, output.stderr].concat()).unwrap();
+        let control = said.chars().find(|letter| letter.is_control() && *letter != '\n');
+        assert_eq!(control, None, "{said:?}");
+        (output.status.code(), said)
+    };
+    let whole = model(with(nodes.clone(), &[2]), vec![]);
+    for arguments in [&["--run"][..], &["--run", "--json"], &["--print-after", "import"]] {
+        let (code, said) = said_by(&whole, arguments);
+        assert_eq!(code, Some(0), "{said}");
+        assert!(said.contains("u{1b}[2J"), "{said}");
+    }
+    let odd = NodeProto { op_type: name("Odd"), ..nodes[0].clone() };
+    let (code, said) = said_by(&model(with(vec![odd], &[2]), vec![]), &[]);
+    assert_eq!(code, Some(3), "{said}");
+    let (code, said) = said_by(&model(with(nodes[..1].to_vec(), &[2]), vec![]), &[]);
+    assert_eq!(code, Some(3), "{said}");
+    let (code, said) = said_by(&whole, &["--dim", &format!("d{CLEAR}=1")]);
+    assert_eq!(code, Some(2), "{said}");
+}
+
 #[test]
 fn a_small_model_that_asks_for_much_memory_does_not_get_it() {
     // Eight bytes that would be expanded to an exbibyte of zeros.

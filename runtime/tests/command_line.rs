@@ -4,6 +4,8 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::process::{Command, Output};
 
@@ -346,12 +348,112 @@ fn files_that_are_not_there_end_with_4_and_wrong_flags_with_2() {
     desk.plan(&["run", "none.plan"]).fails(4, &["none.plan"]);
     desk.plan(&["verify", "."]).fails(4, &["not a regular file"]);
     desk.plan(&["run", "x.plan", "--inputs", "none.npz"]).fails(4, &["none.npz"]);
-    desk.plan(&["run", "x.plan", "--outputs", "none/y.npz"]).fails(4, &["none/y.npz"]);
+    desk.plan(&["run", "x.plan", "--outputs", "none/y.npz"]).fails(4, &["none/y.npz", "there is no folder none"]);
     desk.plan(&["run", "x.plan", "--outputs", "/dev/full"]).fails(4, &["/dev/full"]);
     desk.plan(&["run", "x.plan", "--inputs", "a.npz", "--test-data", "data"]).fails(2, &["--test-data"]);
     desk.plan(&["inspect", "x.plan", "--json", "--text"]).fails(2, &["--text"]);
     desk.plan(&["fly"]).fails(2, &["fly"]);
     assert!(desk.plan(&["--help"]).succeeds().contains("Exit codes"));
+}
+
+#[test]
+fn pipes_and_sockets_are_not_waited_for() {
+    let desk = Desk::new();
+    with_weight(&desk);
+    let folders = ["pipes", "sockets"];
+    let files = ["x.plan", "in.npz", "input_0.pb", "w.bin"];
+    folders.iter().for_each(|folder| fs::create_dir(desk.path(folder)).unwrap());
+    for file in files {
+        assert!(Command::new("mkfifo").arg(desk.path("pipes").join(file)).status().unwrap().success());
+    }
+    let _listening = files.map(|file| UnixListener::bind(desk.path("sockets").join(file)).unwrap());
+    for folder in folders {
+        let words = ["not a regular file"];
+        let [plan, inputs] = ["x.plan", "in.npz"].map(|file| format!("{folder}/{file}"));
+        for command in ["run", "bench", "check", "inspect", "verify"] {
+            desk.plan(&[command, &plan]).fails(4, &words);
+        }
+        desk.plan(&["diff", "x.plan", &plan]).fails(4, &words);
+        for command in ["run", "bench"] {
+            desk.plan(&[command, "x.plan", "--inputs", &inputs]).fails(4, &words);
+        }
+        desk.plan(&["run", "x.plan", "--test-data", folder]).fails(4, &words);
+        desk.plan(&["run", "x.plan", "--outputs", &inputs]).fails(4, &words);
+        desk.plan(&["refit", "w.plan", "--weights", folder, "-o", "new.plan"]).fails(4, &words);
+        desk.plan(&["refit", "w.plan", "--weights", ".", "-o", &plan]).fails(4, &words);
+        // A library that a variable names.
+        let mut command = Command::new(env!("CARGO_BIN_EXE_plan"));
+        command.env("PLANWRIGHT_CUDA_DRIVER", desk.path(&inputs)).args(["run", "x.plan", "--devices", "cuda"]);
+        let output = command.current_dir(desk.0.path()).output().unwrap();
+        assert_eq!(output.status.code(), Some(5));
+        assert!(String::from_utf8(output.stderr).unwrap().contains("not a regular file"));
+    }
+}
+
+#[test]
+fn threads_are_bounded() {
+    let desk = Desk::new();
+    for command in ["run", "bench"] {
+        desk.plan(&[command, "x.plan", "--threads", "100000"]).fails(2, &["--threads", "1 to 4096"]);
+        // On two devices.
+        desk.plan(&[command, "x.plan", "--threads", "4096"]).fails(2, &["2 virtual devices", "4096 threads each"]);
+        desk.plan(&[command, "x.plan", "--threads", "0"]).fails(2, &["--threads"]);
+    }
+    desk.plan(&["run", "x.plan", "--threads", "64"]).succeeds();
+}
+
+/// Runs `plan` below a shell that was told this first: how it ended, and what it said.
+fn below(desk: &Desk, before: &str, arguments: &[&str]) -> (Option<i32>, String) {
+    let script = format!("{before} && exec \"$0\" \"$@\"");
+    let mut command = Command::new("bash");
+    command.args(["-c", &script, env!("CARGO_BIN_EXE_plan")]).args(arguments).current_dir(desk.0.path());
+    let output = command.output().unwrap();
+    (output.status.code(), String::from_utf8(output.stderr).unwrap())
+}
+
+#[test]
+fn outputs_have_the_permissions_that_the_user_gives_new_files() {
+    let desk = Desk::new();
+    let run = ["run", "x.plan", "--outputs", "y.npz"];
+    let mode = || fs::metadata(desk.path("y.npz")).unwrap().permissions().mode() & 0o777;
+    // Once it is there, it keeps what it has.
+    for mask in ["027", "022"] {
+        assert_eq!(below(&desk, &format!("umask {mask}"), &run), (Some(0), String::new()));
+        assert_eq!(mode(), 0o640, "{mask}");
+    }
+}
+
+#[test]
+fn a_limit_on_the_size_of_files_leaves_what_was_there() {
+    let desk = Desk::new();
+    with_weight(&desk);
+    fs::write(desk.path("y.npz"), "old").unwrap();
+    fs::write(desk.path("new.plan"), "old").unwrap();
+    let files = || fs::read_dir(desk.0.path()).unwrap().count();
+    let before = files();
+    let run: &[&str] = &["run", "x.plan", "--outputs", "y.npz"];
+    let refit: &[&str] = &["refit", "w.plan", "--weights", ".", "-o", "new.plan"];
+    for arguments in [run, refit] {
+        let (code, said) = below(&desk, "ulimit -f 0", arguments);
+        assert_eq!(code, Some(4), "{said}");
+        assert!(said.contains("File too large") && said.contains("ulimit -f"), "{said}");
+    }
+    assert_eq!(files(), before);
+    for name in ["y.npz", "new.plan"] {
+        assert_eq!(fs::read(desk.path(name)).unwrap(), b"old");
+    }
+}
+
+#[test]
+fn a_root_for_external_data_of_none_is_said() {
+    let desk = Desk::new();
+    with_weight(&desk);
+    let refit =
+        |root: &str| desk.plan(&["refit", "w.plan", "--weights", ".", "-o", "new.plan", "--external-data-root", root]);
+    let ended = refit(".");
+    let said = "warning: --external-data-root has no effect: the plan was made from no external data\n";
+    assert_eq!((ended.code, ended.err.as_str()), (0, said));
+    refit("none").fails(4, &["none", "No such file"]);
 }
 
 /// [`negation`] with a weight of 16 bytes that lies at the start of `w.bin`, which has 24; the last 8 decided the plan.
