@@ -15,7 +15,7 @@ use planfile::{PlanFile, replace};
 use planwright::compiler::{CompileError, Compiled, Request};
 use runtime::cli::{
     Allocator, Data, DeviceFlags, Exit, Failure, bytes_bar, completions, exit_of_io, finish, print, print_json, run,
-    spinner, start, summary_text, warn,
+    spinner, start, start_threads, summary_text, warn,
 };
 use runtime::image::ImageError;
 use runtime::tensor_file::TestData;
@@ -36,6 +36,7 @@ fn execute(arguments: &Arguments) -> Result<Exit, Failure> {
         print(&completions(shell, Arguments::command()))?;
         return Ok(Exit::Success);
     }
+    start_threads()?;
     let start = Instant::now();
     let path = arguments.output()?;
     if !arguments.check_support && arguments.stop_after.is_none() {

@@ -179,7 +179,7 @@ fn too_little_memory_ends_with_3() {
         node("Constant", &[], "s", vec![shape]),
         node("Reshape", &["e", "s"], "w", vec![]),
     ];
-    let desk = Desk::with_model(1024, &table(1 << 18, nodes));
+    let desk = Desk::with_model(256, &table(1 << 16, nodes));
     let mut codes = Vec::new();
     for mebibytes in [60, 90, 120, 160, 220, 300, 400, 550] {
         let (status, said) = ended(desk.begin(&format!("ulimit -v {}", mebibytes << 10)));

@@ -26,3 +26,17 @@ pub fn start() {
     allocator::handle();
     signals::handle();
 }
+
+/// Starts the threads that evaluate weights and constants, one for each core. Left to themselves they start when first
+/// needed, and a failure is then a panic.
+///
+/// # Errors
+/// [`Exit::Invalid`] where the system has no room for them.
+pub fn start_threads() -> Result<(), Failure> {
+    let started = rayon::ThreadPoolBuilder::new().build_global();
+    started.map_err(|error| {
+        let what =
+            format!("cannot start threads: {error}; raise `ulimit -v` or `ulimit -u`, or set RAYON_NUM_THREADS=1");
+        Failure::new(Exit::Invalid, what)
+    })
+}

@@ -7,7 +7,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 use planfile::{PlanError, PlanFile, diff, replace};
 use runtime::cli::{
     Allocator, BenchFlags, Data, DeviceFlags, Exit, Failure, Shell, ToleranceFlags, bench, bytes_bar, check,
-    completions, doctor, finish, print, print_json, run, start, summary_text, warn,
+    completions, doctor, finish, print, print_json, run, start, start_threads, summary_text, warn,
 };
 use runtime::refit::{Sources, refit};
 use runtime::tensor_file::TestData;
@@ -223,6 +223,7 @@ fn execute(command: Command) -> Result<Exit, Failure> {
             Ok(if found.same { Exit::Success } else { Exit::Beyond })
         }
         Command::Refit { plan, weights, output, external_data_root } => {
+            start_threads()?;
             let plan = PlanFile::open(&plan)?.into_plan();
             if external_data_root.is_some() && plan.manifest.files.len() < 2 {
                 warn("--external-data-root has no effect: the plan was made from no external data");

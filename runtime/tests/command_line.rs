@@ -436,7 +436,7 @@ fn a_limit_on_the_size_of_files_leaves_what_was_there() {
     for arguments in [run, refit] {
         let (code, said) = below(&desk, "ulimit -f 0", arguments);
         assert_eq!(code, Some(4), "{said}");
-        assert!(said.contains("File too large") && said.contains("ulimit -f"), "{said}");
+        assert!(said.contains("File too large"), "{said}");
     }
     assert_eq!(files(), before);
     for name in ["y.npz", "new.plan"] {

@@ -283,7 +283,7 @@ fn sections_that_overlap_or_lie_outside_are_refused() {
 
 #[test]
 fn counts_of_all_ones_are_refused() {
-    for (at, width, words) in [(12, 4, "4294967295 sections"), (16, 8, "cut"), (24, 8, "do not fit")] {
+    for (at, width, words) in [(12, 4, "4294967295 sections"), (16, 8, "cut"), (24, 8, "do not make")] {
         let mut bytes = file(&sum());
         bytes[at..at + width].fill(0xff);
         forge::rehash(&mut bytes);

@@ -101,6 +101,7 @@ impl Case {
             producer_version: String::new(),
             graph: self.graph.clone(),
             functions: Vec::new(),
+            external_data_root_unused: false,
             files: Vec::new(),
             metadata: BTreeMap::new(),
             device_configurations: Vec::new(),

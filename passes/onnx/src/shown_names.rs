@@ -101,13 +101,14 @@ mod tests {
 
     #[test]
     fn names_stay_the_same_among_each_other() {
-        let inner = graph(vec![node("Identity", &["w\u{1b}"], &["z\n"])]);
+        let mut inner = graph(vec![node("Identity", &["w\u{1b}"], &["z\n"])]);
+        (inner.input, inner.output) = (vec![], vec![value("z\n", &[])]);
         let branch = with(node("If", &["c\u{7f}"], &["z\n"]), body("then_branch", inner.clone()));
         let mut proto =
             model(graph(vec![node("Relu", &["x\r"], &["y\u{9b}"]), with(branch, body("else_branch", inner))]));
         let outer = proto.graph.as_mut().unwrap();
-        outer.input = vec![value("x\r"), value("c\u{7f}")];
-        outer.output = vec![value("y\u{9b}")];
+        outer.input = vec![value("x\r", &["n\u{1b}"]), value("c\u{7f}", &[])];
+        outer.output = vec![value("y\u{9b}", &["n\u{1b}"])];
         outer.initializer.push(tensor("w\u{1b}", &[1], &[1.0]));
         outer.node[0].name = "a\0".to_owned();
         let loaded = reload(&proto).unwrap();

@@ -409,7 +409,7 @@ mod tests {
         };
         let saved = samples::save_bytes(b"any");
         let options = LoadOptions::default();
-        sparse_tensor(&proto, "w", &mut SourceFiles::new(&saved.path, 3, &options))
+        sparse_tensor(&proto, "w", &mut SourceFiles::new(&saved.path, 3, Vec::new(), &options))
     }
 
     #[test]

@@ -417,7 +417,8 @@ mod tests {
              }
              %b = concat %a, %n {axis 0}
              %m = pointwise %b {abs($0)}
-             %y = concat %x, %b, %m {axis 0}
+             %c = concat %b, %m {axis 0}
+             %y = concat %x, %c {axis 0}
              return %y",
         );
     }

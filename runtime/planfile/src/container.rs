@@ -300,11 +300,27 @@ mod tests {
     }
 
     #[test]
-    fn a_count_of_chunks_beyond_the_file_is_refused_before_reading() {
+    fn a_count_of_chunks_that_is_not_the_file_s_is_refused_before_reading() {
         let layout = Layout::new([1; SECTIONS.len()]).unwrap();
         let mut head = layout.head(&[[0; HASH_BYTES]]);
-        head[24..32].fill(0xff);
-        let error = parse(&head, layout.file_bytes).unwrap_err();
-        assert!(error.to_string().contains("do not fit"), "{error}");
+        for chunks in [0, 2, 200, u64::MAX] {
+            head[24..32].copy_from_slice(&chunks.to_le_bytes());
+            let error = parse(&head, layout.file_bytes).unwrap_err();
+            assert!(error.to_string().contains(&format!("do not make {chunks} chunks")), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_header_is_little_beside_the_length_that_it_states() {
+        let start = |file_bytes: u64, chunks: u64| {
+            let mut start = Layout::new([1; SECTIONS.len()]).unwrap().head(&[]);
+            start[16..24].copy_from_slice(&file_bytes.to_le_bytes());
+            start[24..32].copy_from_slice(&chunks.to_le_bytes());
+            parse_fixed(&start[..FIXED_BYTES], file_bytes)
+        };
+        // A tebibyte of chunks; as much of hashes; and a length that no header is read for.
+        assert_eq!(start(1 << 40, 1 << 16).unwrap().head_bytes, (2 << 20) + 4096);
+        assert!(start(1 << 40, (1 << 35) - 1000).is_err());
+        assert!(start(1 << 62, 1 << 38).is_err());
     }
 }

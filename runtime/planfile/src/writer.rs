@@ -237,9 +237,11 @@ impl<W: Write + Seek> Sequential for Body<'_, W> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+    use std::io::Cursor;
+
     use super::*;
     use crate::sample;
-    use std::io::Cursor;
 
     /// Has room for so many bytes, like a full disk.
     struct Full {

@@ -100,7 +100,9 @@ impl Nvrtc {
             }
         };
         let mut outcomes: Vec<(usize, Result<Compiled, CudaError>)> = thread::scope(|scope| {
-            let others: Vec<_> = (1..cores.min(sources.len())).map(|_| scope.spawn(work)).collect();
+            // Threads that the system has no room for are done without.
+            let begin = |_| thread::Builder::new().spawn_scoped(scope, work).ok();
+            let others: Vec<_> = (1..cores.min(sources.len())).filter_map(begin).collect();
             let own = work();
             // A thread that panicked leaves its sources out, which is noticed below.
             own.into_iter().chain(others.into_iter().flat_map(|thread| thread.join().unwrap_or_default())).collect()

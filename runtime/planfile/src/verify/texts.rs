@@ -2,7 +2,7 @@
 //! The compiler writes such characters of a model's names as escapes.
 
 use super::Report;
-use crate::plan::{Explanations, Implementation, Kernel, Manifest, Plan, PlanPort};
+use crate::plan::{Explanations, Implementation, Kernel, Manifest, Plan, PlanEntry, TargetRef};
 use crate::printable::printable;
 
 pub(super) fn check(plan: &Plan, report: &mut Report) {
@@ -20,26 +20,29 @@ pub(super) fn check(plan: &Plan, report: &mut Report) {
 
 type Texts<'a> = Vec<(&'static str, &'a String)>;
 
+// Taken apart field by field, so that a new one is not forgotten here.
+
 fn of_manifest<'a>(manifest: &'a Manifest, texts: &mut Texts<'a>) {
-    let target = &manifest.target;
-    texts.extend([("producer", &manifest.producer), ("model", &manifest.model)]);
-    texts.extend([("target", &target.name), ("architecture", &target.architecture)]);
-    texts.extend(manifest.files.iter().map(|file| ("file", &file.name)));
-    texts.extend(manifest.mesh.iter().map(|axis| ("axis", &axis.name)));
-    texts.extend(manifest.links.iter().map(|link| ("class of links", &link.class)));
-    texts.extend(manifest.weights.iter().map(|weight| ("weight", &weight.name)));
-    texts.extend(manifest.states.iter().map(|state| ("state", &state.name)));
-    for entry in &manifest.entries {
-        let names = |what, ports: &'a [PlanPort]| ports.iter().map(move |port| (what, &port.name));
-        texts.push(("entry", &entry.name));
-        texts.extend(names("input", &entry.inputs).chain(names("output", &entry.outputs)));
-        texts.extend(entry.pinned.iter().map(|(name, _)| ("pinned input", name)));
+    let Manifest { producer, model, files, mesh, target, entries, weights, states, links, .. } = manifest;
+    let TargetRef { name, architecture } = target;
+    texts.extend([("producer", producer), ("model", model), ("target", name), ("architecture", architecture)]);
+    texts.extend(files.iter().map(|file| ("file", &file.name)));
+    texts.extend(mesh.iter().map(|axis| ("axis", &axis.name)));
+    texts.extend(links.iter().map(|link| ("class of links", &link.class)));
+    texts.extend(weights.iter().map(|weight| ("weight", &weight.name)));
+    texts.extend(states.iter().map(|state| ("state", &state.name)));
+    for PlanEntry { name, inputs, outputs, frozen, programs: _, predicted_ns: _ } in entries {
+        texts.push(("entry", name));
+        texts.extend(inputs.iter().map(|port| ("input", &port.name)));
+        texts.extend(outputs.iter().map(|port| ("output", &port.name)));
+        texts.extend(frozen.iter().flat_map(|frozen| [("frozen input", &frozen.input), ("node", &frozen.node)]));
     }
 }
 
 fn of_kernel<'a>(kernel: &'a Kernel, texts: &mut Texts<'a>) {
-    texts.push(("kernel", &kernel.name));
-    match &kernel.implementation {
+    let Kernel { name, spec: _, implementation } = kernel;
+    texts.push(("kernel", name));
+    match implementation {
         Implementation::Reference => {}
         Implementation::Cuda { code: _, symbol } => texts.push(("symbol", symbol)),
         Implementation::Library { library: _, version, call: _ } => texts.push(("version", version)),
@@ -47,8 +50,9 @@ fn of_kernel<'a>(kernel: &'a Kernel, texts: &mut Texts<'a>) {
 }
 
 fn of_explanations<'a>(explanations: &'a Explanations, texts: &mut Texts<'a>) {
-    texts.extend(explanations.names.iter().map(|name| ("node", name)));
-    texts.extend(explanations.sharding.iter().map(|sentence| ("sentence", sentence)));
-    let axes = explanations.alternatives.iter().flat_map(|alternative| &alternative.mesh);
+    let Explanations { names, sharding, alternatives } = explanations;
+    texts.extend(names.iter().map(|name| ("node", name)));
+    texts.extend(sharding.iter().map(|sentence| ("sentence", sentence)));
+    let axes = alternatives.iter().flat_map(|alternative| &alternative.mesh);
     texts.extend(axes.map(|axis| ("axis", &axis.name)));
 }
