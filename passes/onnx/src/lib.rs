@@ -18,4 +18,14 @@ mod operators;
 mod order;
 #[cfg(test)]
 mod samples;
+mod schema;
 mod shown_names;
+pub mod source_files;
+pub mod support;
+pub mod tensor_data;
+pub mod wire;
+
+pub use bindings::{BindingError, Bindings};
+pub use error::OnnxError;
+pub use import::import;
+pub use support::{OperatorSupport, support, support_bound};

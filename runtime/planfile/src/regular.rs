@@ -23,7 +23,7 @@ pub fn open(path: &Path) -> io::Result<Option<(File, u64)>> {
     // What is opened may be another file than what was looked at: it must not wait either, and is looked at again.
     let file = OpenOptions::new().read(true).custom_flags(OFlags::NONBLOCK.bits() as i32).open(path)?;
     let metadata = file.metadata()?;
-    Ok(metadata.is_file().then(|| (file, metadata.len())))
+    Ok(metadata.is_file().then_some((file, metadata.len())))
 }
 
 /// The text of a small file; `None` where it is not a regular one.
