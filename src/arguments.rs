@@ -12,6 +12,7 @@ use passes::pipeline::Options;
 use passes::precision::DTYPES;
 use passes::shard::{MAX_RANKS, MeshChoice, parse_mesh};
 use planfile::printable::printable;
+use planfile::text::count;
 use planfile::{DType, Target, regular};
 use planwright::compiler::Request;
 use runtime::Devices;
@@ -26,10 +27,6 @@ const TARGETS: &[(&str, &str)] = &[
 ];
 
 /// Compiles an ONNX model into one plan file for N devices.
-///
-/// Exit codes: 0 success; 1 beyond the tolerance; 2 wrong command line; 3 invalid or unsupported model or input, or too
-/// little memory; 4 a file could not be read or written; 5 a library, driver or GPU is missing; 70 internal error;
-/// 128 + n ended by signal n.
 #[derive(Debug, Parser)]
 #[command(name = "compile", version)]
 pub(crate) struct Arguments {
@@ -42,6 +39,9 @@ pub(crate) struct Arguments {
     /// The mesh: batch split on `data`, stages on `pipe`, products, heads and channels on `tensor`
     #[arg(long, value_name = "data=2,tensor=2")]
     pub(crate) mesh: Option<String>,
+    /// An axis of the mesh that splits nothing, or less than it says, is an error instead of a warning
+    #[arg(long)]
+    pub(crate) strict_mesh: bool,
     /// Where the plan goes [default: the model's name with .plan, in this folder]
     #[arg(short, long, value_name = "OUT.plan")]
     pub(crate) output: Option<PathBuf>,
@@ -190,7 +190,8 @@ impl Arguments {
         let mesh = parse_mesh(text).map_err(|why| wrong(format!("--mesh {text}: {why}")))?;
         match self.gpus {
             Some(gpus) if gpus != mesh.ranks() => {
-                Err(wrong(format!("--mesh {text} has {} devices, --gpus says {gpus}; make them agree", mesh.ranks())))
+                let devices = count(u64::from(mesh.ranks()), "device");
+                Err(wrong(format!("--mesh {text} has {devices}, --gpus says {gpus}; make them agree")))
             }
             _ => Ok(MeshChoice::Fixed(mesh)),
         }
@@ -222,8 +223,10 @@ impl Arguments {
             return Ok(target.with_devices(devices));
         }
         if devices > target.devices {
-            let message =
-                format!("target {name} has {} devices, {devices} are asked for; ask for fewer", target.devices);
+            let message = format!(
+                "target {name} has {}, not the {devices} asked for; ask for fewer",
+                count(u64::from(target.devices), "device")
+            );
             return Err(wrong(message));
         }
         Ok(target)
@@ -247,6 +250,8 @@ impl Arguments {
 
 #[cfg(test)]
 mod tests {
+    use clap::CommandFactory;
+    use runtime::cli::{Program, described, undescribed};
     use std::os::unix::ffi::OsStrExt;
 
     use super::*;
@@ -295,10 +300,16 @@ mod tests {
         assert!(message(&["--print-after", "simplfy"]).contains("no pass `simplfy`"));
         assert!(message(&["--dtype", "f64"]).contains("expected one of f32, f16, bf16"));
         assert!(message(&["--target", "h100"]).contains("cpu, h200x4, h200x8"));
-        assert!(message(&["--target", "h200x4", "--gpus", "8"]).contains("has 4 devices, 8 are asked for"));
+        assert!(message(&["--target", "h200x4", "--gpus", "8"]).contains("has 4 devices, not the 8 asked for"));
         assert!(message(&["--test-data", "x"]).contains("--run"));
         assert!(message(&["--devices", "cpu"]).contains("--run"));
         assert!(message(&["--run", "--devices", "gpu"]).contains("none of `cpu`, `cuda`"));
+    }
+
+    #[test]
+    fn every_argument_is_described() {
+        let command = described(Arguments::command(), Program::Compile);
+        assert_eq!(undescribed(&command), Vec::<String>::new());
     }
 
     #[test]

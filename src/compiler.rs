@@ -8,11 +8,13 @@ use ir::Module;
 use onnx::load::{LoadOptions, Model, load};
 use onnx::source_files::{FileIndex, WeightFiles};
 use onnx::{Bindings, OnnxError, OperatorSupport};
+use passes::compile::{Outcome, Warning};
 use passes::error::PassError;
 use passes::pipeline::{Options, Settings};
 use passes::shard::{MeshChoice, SPLIT_TABLE_BYTES, ShardOptions};
 use planfile::fingerprint::{self, Fingerprint};
 use planfile::plan::{Manifest, Plan};
+use planfile::text::count;
 use planfile::writer::{WeightSink, write_plan};
 use planfile::{PlanError, Target, Tensor};
 use runtime::image::{self, ImageError};
@@ -47,7 +49,7 @@ pub enum CompileError {
     Plan(#[from] PlanError),
     #[error(transparent)]
     Image(#[from] ImageError<PlanError>),
-    #[error("{given} sample inputs, but the model has {expected}: {names}; give one input_N.pb for each")]
+    #[error("{}, but the model has {expected}: {names}; give one input_N.pb for each", count(*given as u64, "sample input"))]
     Samples { given: usize, expected: usize, names: String },
 }
 
@@ -56,6 +58,8 @@ pub struct Compiled {
     pub plan: Plan,
     /// What the user should know, one sentence each.
     pub warnings: Vec<String>,
+    /// What of the mesh the user may not have meant.
+    pub mesh_warnings: Vec<Warning>,
     weights: Weights,
 }
 
@@ -96,15 +100,15 @@ impl Request {
             },
             target: &self.target,
         };
-        let plan = passes::compile::run(module, &settings, &NvrtcAssembler, observer)?;
-        let Some(mut plan) = plan else { return Ok(None) };
+        let outcome = passes::compile::run(module, &settings, &NvrtcAssembler, observer)?;
+        let Some(Outcome { mut plan, warnings: mesh_warnings }) = outcome else { return Ok(None) };
         plan.manifest.fingerprint = weights.fingerprint()?;
         let mut warnings = Vec::new();
         if model.external_data_root_unused {
             warnings.push("--external-data-root has no effect: the model has no external data".to_owned());
         }
         warnings.extend(growth(&plan.manifest));
-        Ok(Some(Compiled { plan, warnings, weights }))
+        Ok(Some(Compiled { plan, warnings, mesh_warnings, weights }))
     }
 
     /// Every operator of the model with its status. Attributes and shapes count only where dimensions are bound; else

@@ -6,20 +6,22 @@ mod support;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use clap::{CommandFactory, Parser};
+use clap::CommandFactory;
 use cpu::recipe::RecipeError;
 use onnx::OnnxError;
+use passes::compile::Warning;
 use passes::error::PassError;
+use passes::shard::IdleAxis;
 use planfile::summary::summary;
 use planfile::{PlanFile, replace};
 use planwright::compiler::{CompileError, Compiled, Request};
 use runtime::cli::{
-    Allocator, Data, DeviceFlags, Exit, Failure, bytes_bar, completions, exit_of_io, finish, print, print_json, run,
-    spinner, start, start_threads, summary_text, warn,
+    Allocator, Data, DeviceFlags, Exit, Failure, Program, bytes_bar, completions, exit_of_io, finish, parse, print,
+    print_json, run, spinner, start, start_threads, summary_text, warn,
 };
 use runtime::image::ImageError;
 use runtime::tensor_file::TestData;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::arguments::Arguments;
 
@@ -28,7 +30,7 @@ static ALLOCATOR: Allocator = Allocator;
 
 fn main() -> ExitCode {
     start();
-    finish(execute(&Arguments::parse()))
+    finish(execute(&parse(Program::Compile)))
 }
 
 fn execute(arguments: &Arguments) -> Result<Exit, Failure> {
@@ -50,6 +52,7 @@ fn execute(arguments: &Arguments) -> Result<Exit, Failure> {
         return support::check(&request, arguments.json);
     }
     let Some(compiled) = compile(arguments, &request)? else { return Ok(Exit::Success) };
+    report_warnings(&compiled.mesh_warnings, arguments.strict_mesh)?;
     compiled.warnings.iter().for_each(|warning| warn(warning));
     let bar = bytes_bar("writing weights", compiled.plan.manifest.image_bytes);
     compiled.write(&path, |done| bar.set_position(done)).map_err(failure)?;
@@ -68,7 +71,7 @@ fn execute(arguments: &Arguments) -> Result<Exit, Failure> {
         true => {
             let data = test_data.as_ref().or(like.as_ref()).map_or(Data::Random, Data::TestData);
             let devices = DeviceFlags { devices: arguments.devices.clone(), ..DeviceFlags::default() };
-            Some(run(PlanFile::open(&path)?, None, data, None, arguments.tolerance.into(), &devices)?)
+            Some(run(PlanFile::open(&path)?, None, data, None, arguments.tolerance, &devices)?)
         }
     };
     if arguments.json {
@@ -76,6 +79,7 @@ fn execute(arguments: &Arguments) -> Result<Exit, Failure> {
         let all = json!({
             "path": path.to_string_lossy(), "seconds": seconds, "plan": summary, "sharding": explanations.sharding,
             "alternatives": explanations.alternatives, "run": report,
+            "warnings": warnings_json(&compiled),
         });
         print_json(&all)?;
     } else if let Some(report) = &report {
@@ -99,6 +103,43 @@ fn compile(arguments: &Arguments, request: &Request) -> Result<Option<Compiled>,
     spinner.finish_and_clear();
     printed?;
     compiled.map_err(failure)
+}
+
+/// Says on standard error what the user may not have meant.
+///
+/// # Errors
+/// Where `strict`, an axis of the mesh that splits nothing.
+fn report_warnings(warnings: &[Warning], strict: bool) -> Result<(), Failure> {
+    // What else there is to say stands in the plan's explanations, which follow the summary.
+    for warning in warnings.iter().filter(|warning| matches!(warning, Warning::IdleAxis(_))) {
+        if strict {
+            let next = "choose another --mesh, or leave --strict-mesh out";
+            return Err(Failure::new(Exit::Usage, format!("--mesh: {}; {next}", warning.text())));
+        }
+        warn(&warning.text());
+    }
+    Ok(())
+}
+
+/// Those about the mesh first.
+fn warnings_json(compiled: &Compiled) -> Vec<Value> {
+    let other = compiled.warnings.iter().map(|text| json!({ "kind": "other", "text": text }));
+    compiled.mesh_warnings.iter().map(warning_json).chain(other).collect()
+}
+
+fn warning_json(warning: &Warning) -> Value {
+    let text = warning.text();
+    match warning {
+        Warning::IdleAxis(IdleAxis { axis, size, ways, why }) => {
+            json!({ "kind": "idle_axis", "axis": axis, "size": size, "ways": ways, "why": why, "text": text })
+        }
+        Warning::Slower { ranks, predicted_ns, one_device_ns } => {
+            json!({
+                "kind": "slower", "ranks": ranks, "predicted_ns": predicted_ns, "one_device_ns": one_device_ns,
+                "text": text,
+            })
+        }
+    }
 }
 
 /// Whose fault it is.

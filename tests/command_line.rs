@@ -134,6 +134,70 @@ fn a_comparison_beyond_its_tolerance_ends_with_1() {
 }
 
 #[test]
+fn half_types_pass_with_their_own_test_data_and_say_within_what() {
+    let desk = Desk::new();
+    let (model, data) = (bert("model.onnx"), bert("test_data_set_0"));
+    for (dtype, type_name) in [("f16", "to f16"), ("bf16", "to bf16"), ("f32", "to f32")] {
+        let out = desk.compile(&[&model, "--like", &data, "--dtype", dtype, "--run"]).succeeds();
+        let told = out.lines().find(|line| line.starts_with("tolerance: what rounding explains")).unwrap();
+        assert!(told.contains(type_name) && told.contains("sums of up to 256 terms"), "{told}");
+    }
+    // Judged element by element, bf16 is not `f32`; what the failure says would pass does.
+    let line = [&model[..], "--like", &data, "--dtype", "bf16", "--run"];
+    let ended = desk.compile(&[&line[..], &["--rtol", "1e-3", "--atol", "1e-5"]].concat());
+    assert_eq!(ended.code, 1, "{}{}", ended.out, ended.err);
+    assert!(ended.out.contains("tolerance: each element within 1e-3 of its size plus 1e-5"), "{}", ended.out);
+    assert!(ended.out.contains("looks like rounding") && ended.out.contains("cosine 1 - "), "{}", ended.out);
+    let flags = ended.out.lines().find_map(|line| line.trim().strip_prefix("would pass: ")).unwrap();
+    let flags: Vec<&str> = flags.split(' ').collect();
+    desk.compile(&[&line[..], &flags].concat()).succeeds();
+    let json = desk.compile(&[&line[..], &["--json"]].concat()).succeeds();
+    let report: serde_json::Value = serde_json::from_str(&json).unwrap();
+    let (tolerance, comparison) = (&report["run"]["tolerance"], &report["run"]["outputs"][0]["comparison"]);
+    assert_eq!((&tolerance["kind"], &tolerance["coarsest_type"]), (&"rounding".into(), &"bf16".into()));
+    assert_eq!(tolerance["longest_sum"], 256);
+    let allowed = tolerance["whole"].as_f64().unwrap();
+    assert!(comparison["norm_error"].as_f64().unwrap() < allowed && allowed < 0.15, "{tolerance} {comparison}");
+}
+
+#[test]
+fn axes_that_split_nothing_are_told_of() {
+    let desk = Desk::new();
+    let (model, data) = (bert("model.onnx"), bert("test_data_set_0"));
+    let line = [&model[..], "--like", &data, "--mesh"];
+    let why = "data=3 splits nothing: a batch of 2 (dimension 0 of the inputs) cannot be split 3 ways";
+    let ended = desk.compile(&[&line[..], &["data=3"]].concat());
+    assert_eq!((ended.code, ended.err), (0, format!("warning: {why}\n")));
+    assert!(ended.out.contains("100 % of the weights and 100 % of the operations stay whole"), "{}", ended.out);
+    let ended = desk.compile(&[&line[..], &["data=3", "--json"]].concat());
+    let report: serde_json::Value = serde_json::from_str(&ended.out).unwrap();
+    let warning = &report["warnings"][0];
+    assert_eq!(
+        (&warning["kind"], &warning["axis"], &warning["ways"]),
+        (&"idle_axis".into(), &"data".into(), &1.into())
+    );
+    assert_eq!(warning["text"], why);
+    fs::remove_file(desk.path("model.plan")).unwrap();
+    desk.compile(&[&line[..], &["data=3", "--strict-mesh"]].concat()).fails(2, &[why, "--strict-mesh"]);
+    assert!(desk.files().is_empty());
+    desk.compile(&[&line[..], &["data=2,tensor=2", "--strict-mesh"]].concat()).succeeds();
+}
+
+#[test]
+fn more_devices_than_are_worth_it_are_told_of() {
+    let desk = Desk::new();
+    let (model, data) = (bert("model.onnx"), bert("test_data_set_0"));
+    let ended = desk.compile(&[&model, "--like", &data, "--gpus", "64"]);
+    let told = ended.out.lines().find(|line| line.starts_with("64 devices are predicted to take")).unwrap_or_default();
+    assert!(told.contains("one device takes") && told.contains("a plan for one device is faster"), "{}", ended.out);
+    let ended = desk.compile(&[&model, "--like", &data, "--gpus", "64", "--json"]);
+    let report: serde_json::Value = serde_json::from_str(&ended.out).unwrap();
+    let warnings = report["warnings"].as_array().unwrap();
+    let slower = warnings.iter().find(|warning| warning["kind"] == "slower").unwrap();
+    assert!(slower["one_device_ns"].as_u64() < slower["predicted_ns"].as_u64(), "{slower}");
+}
+
+#[test]
 fn passes_are_shown_in_text_form() {
     let desk = Desk::new();
     let (model, data) = (bert("model.onnx"), bert("test_data_set_0"));
@@ -168,9 +232,9 @@ fn invalid_models_and_inputs_end_with_3() {
     fs::write(desk.path("cut.onnx"), &whole[..whole.len() / 2]).unwrap();
     desk.compile(&["cut.onnx"]).fails(3, &["cut.onnx", "truncated"]);
     let other = fixture("tiny_resnet/test_data_set_0").display().to_string();
-    desk.compile(&[&bert("model.onnx"), "--like", &other]).fails(3, &["1 sample inputs", "3"]);
+    desk.compile(&[&bert("model.onnx"), "--like", &other]).fails(3, &["1 sample input,", "3"]);
     let ended = desk.compile(&[&bert("model.onnx"), "--like", &data, "--run", "--test-data", &other]);
-    ended.fails(3, &["1 inputs", "has 3"]);
+    ended.fails(3, &["1 input,", "has 3"]);
     fs::write(desk.path("input_0.pb"), whole).unwrap();
     desk.compile(&[&bert("model.onnx"), "--like", "."]).fails(3, &["input_0.pb", "no file with an ONNX tensor"]);
     fs::write(desk.path("target.json"), "{}").unwrap();

@@ -50,7 +50,7 @@ fn plan(case: &Case, mesh: Mesh, split_table_bytes: u64) -> Result<Plan, String>
     let settings = Settings { weights: &NoFiles, options: Options::default(), shard, target: &target };
     let plan = passes::compile::run(case.module.clone(), &settings, &NoAssembler, &mut |_, _| {})
         .map_err(|error| error.to_string())?;
-    plan.ok_or_else(|| "no plan".to_owned())
+    plan.map(|outcome| outcome.plan).ok_or_else(|| "no plan".to_owned())
 }
 
 /// Runs the case on the virtual devices of a mesh.

@@ -3,13 +3,46 @@
 use ir::verify::verify;
 use ir::{Mesh, Module};
 use planfile::plan::{Alternative, Explanations, Plan, PlanAxis};
+use planfile::text::{Duration, count};
 
 use crate::error::PassError;
 use crate::lower::Assembler;
 use crate::pipeline::{PIPELINE, Settings, advance};
 use crate::regions::Devices;
-use crate::shard::{self, MeshChoice};
+use crate::shard::{self, IdleAxis, MeshChoice};
 use crate::{lower, schedule};
+
+/// A plan, and what its user should know about it.
+#[derive(Debug)]
+pub struct Outcome {
+    pub plan: Plan,
+    pub warnings: Vec<Warning>,
+}
+
+/// What the user may not have meant.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Warning {
+    /// An axis of the mesh splits nothing, or less than it says.
+    IdleAxis(IdleAxis),
+    /// The plan is predicted to be no faster than one for one device; its explanations say so, too.
+    Slower { ranks: u32, predicted_ns: u64, one_device_ns: u64 },
+}
+
+impl Warning {
+    /// A sentence.
+    pub fn text(&self) -> String {
+        match self {
+            Self::IdleAxis(idle) => idle.text(),
+            Self::Slower { ranks, predicted_ns, one_device_ns } => format!(
+                "{} are predicted to take {}, one device takes {}: a plan for one device is {}",
+                count(u64::from(*ranks), "device"),
+                Duration(*predicted_ns),
+                Duration(*one_device_ns),
+                if predicted_ns == one_device_ns { "as fast" } else { "faster" },
+            ),
+        }
+    }
+}
 
 /// Compiles. `None` when the options stop the pipeline before its end. `assembler` makes machine code of kernels where the
 /// target is no host; `observer` sees the module after each pass.
@@ -21,7 +54,7 @@ pub fn run(
     settings: &Settings<'_>,
     assembler: &dyn Assembler,
     observer: &mut dyn FnMut(&str, &Module),
-) -> Result<Option<Plan>, PassError> {
+) -> Result<Option<Outcome>, PassError> {
     settings.options.check()?;
     verify(&module)?;
     // Meshes are compared once, on the module that is sharded; the plan keeps the comparison.
@@ -35,12 +68,25 @@ pub fn run(
     if let MeshChoice::Devices(devices) = settings.shard.mesh {
         let ranking = shard::rank_meshes(&module, devices, &settings)?;
         if let Some(((mesh, ns), others)) = ranking.split_first() {
-            explanations.sharding.push(explain(mesh, *ns, ranking.len(), devices));
+            explanations.sharding.push(explain(mesh, *ns, ranking.len() as u64, devices));
             explanations.alternatives = others.iter().map(|(mesh, ns)| alternative(mesh, *ns)).collect();
             settings.shard.mesh = MeshChoice::Fixed(mesh.clone());
         }
     }
-    let (module, stopped) = advance(module, after, &settings, observer)?;
+    let logical = matches!(&settings.shard.mesh, MeshChoice::Fixed(mesh) if mesh.ranks() > 1).then(|| module.clone());
+    let (shard_row, rest) = after.split_at(after.len().min(1));
+    let (module, stopped) = advance(module, shard_row, &settings, observer)?;
+    if stopped {
+        return Ok(None);
+    }
+    let mut warnings = Vec::new();
+    if let Some(logical) = logical {
+        explanations.sharding.extend(shard::whole(&logical, &module, settings.target).text(&module.mesh));
+        warnings = judge(&logical, &module, &settings)?;
+        let slower = warnings.iter().filter(|warning| matches!(warning, Warning::Slower { .. }));
+        explanations.sharding.extend(slower.map(Warning::text));
+    }
+    let (module, stopped) = advance(module, rest, &settings, observer)?;
     if stopped {
         return Ok(None);
     }
@@ -53,7 +99,19 @@ pub fn run(
     };
     let mut plan = lower::run(&schedule::run(module, &devices)?, settings.target, assembler)?;
     plan.explanations = Explanations { names: plan.explanations.names, ..explanations };
-    Ok(Some(plan))
+    Ok(Some(Outcome { plan, warnings }))
+}
+
+/// What there is to say about a module that was placed on several devices. `logical`: before that.
+fn judge(logical: &Module, placed: &Module, settings: &Settings<'_>) -> Result<Vec<Warning>, PassError> {
+    let idle = shard::idle_axes(logical, placed, &settings.shard);
+    let mut warnings: Vec<Warning> = idle.into_iter().map(Warning::IdleAxis).collect();
+    let one_device_ns = shard::one_device_ns(logical, settings)?;
+    let predicted_ns = shard::predicted_ns(placed, settings.target);
+    if one_device_ns <= predicted_ns {
+        warnings.push(Warning::Slower { ranks: placed.mesh.ranks(), predicted_ns, one_device_ns });
+    }
+    Ok(warnings)
 }
 
 fn alternative(mesh: &Mesh, predicted_ns: u64) -> Alternative {
@@ -61,9 +119,40 @@ fn alternative(mesh: &Mesh, predicted_ns: u64) -> Alternative {
     Alternative { mesh: mesh.axes.iter().map(axis).collect(), predicted_ns }
 }
 
-fn explain(mesh: &Mesh, predicted_ns: u64, candidates: usize, devices: u32) -> String {
+fn explain(mesh: &Mesh, predicted_ns: u64, candidates: u64, devices: u32) -> String {
     let axes: Vec<String> = mesh.axes.iter().map(|axis| format!("{}={}", axis.name, axis.size())).collect();
     let mesh = if axes.is_empty() { "one device".to_owned() } else { axes.join(",") };
-    let micros = predicted_ns as f64 / 1e3;
-    format!("{mesh}: predicted {micros:.1} µs, the fastest of {candidates} meshes tried for {devices} devices")
+    let devices = count(u64::from(devices), "device");
+    let chosen = match candidates {
+        1 => format!("the only mesh of data and tensor for {devices} that the batch fills"),
+        _ => format!(
+            "predicted to be the fastest of all {candidates} meshes of data and tensor for {devices} that the batch fills"
+        ),
+    };
+    format!("{mesh}: {chosen}, {} before operations are fused; tensors are placed by rule", Duration(predicted_ns))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn choices_are_told_in_the_singular_and_in_the_plural() {
+        let mesh = Mesh { axes: vec![ir::MeshAxis::new("tensor", 2)] };
+        assert_eq!(
+            explain(&mesh, 1500, 2, 2),
+            "tensor=2: predicted to be the fastest of all 2 meshes of data and tensor for 2 devices that the batch fills, \
+             1.50 µs before operations are fused; tensors are placed by rule"
+        );
+        let one = explain(&Mesh::default(), 1500, 1, 1);
+        assert!(one.starts_with("one device: the only mesh of data and tensor for 1 device that"), "{one}");
+    }
+
+    #[test]
+    fn plans_that_are_no_faster_say_both_times() {
+        let slower = |predicted_ns| Warning::Slower { ranks: 64, predicted_ns, one_device_ns: 2000 }.text();
+        let text = "64 devices are predicted to take 812 µs, one device takes 2.00 µs: a plan for one device is faster";
+        assert_eq!(slower(812_000), text);
+        assert!(slower(2000).ends_with("a plan for one device is as fast"));
+    }
 }

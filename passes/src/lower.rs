@@ -482,7 +482,7 @@ mod tests {
         let shard = ShardOptions { mesh: MeshChoice::Fixed(Mesh::default()), split_table_bytes: 1, batch_dim: 0 };
         let settings = Settings { weights: &NoFiles, options: Options::default(), shard, target: &target };
         let module = ir::text::parse_lines(text).unwrap();
-        let plan = crate::compile::run(module, &settings, &Unrun, &mut |_, _| {}).unwrap().unwrap();
+        let plan = crate::compile::run(module, &settings, &Unrun, &mut |_, _| {}).unwrap().unwrap().plan;
         assert_eq!(planfile::verify::verify(&plan), Ok(()));
         let reads_indices = |step: &Step| {
             let Action::Launch { kernel, .. } = &step.action else { return false };

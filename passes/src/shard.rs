@@ -7,6 +7,7 @@
 //! Each rank runs the same graph at its local sizes. Inputs with a batch dimension are split over the axis `data`;
 //! products with weights alternate columns and rows over the axis `tensor`; the graph is cut in stages over `pipe`.
 
+mod coverage;
 mod decide;
 mod factors;
 mod hints;
@@ -14,6 +15,7 @@ mod reshape;
 mod reshard;
 mod walk;
 
+pub use coverage::{IdleAxis, Whole, idle_axes, whole};
 use ir::{Graph, Mesh, MeshAxis, Module, Placement, Split, SubAxes};
 use planfile::{Dim, Target};
 
@@ -94,12 +96,25 @@ fn batch_size(entry: &ir::Entry, batch_dim: usize) -> Option<u64> {
 pub fn rank_meshes(module: &Module, devices: u32, settings: &Settings<'_>) -> Result<Vec<(Mesh, u64)>, PassError> {
     let mut ranking = Vec::new();
     for mesh in candidate_meshes(module, devices, settings.shard.batch_dim) {
-        let sharded = place(module.clone(), mesh.clone(), settings)?;
-        let nodes = sharded.graphs.iter().flat_map(|graph| graph.nodes.iter().map(move |node| (graph, node)));
-        ranking.push((mesh, nodes.map(|(graph, node)| cost::node(graph, node, settings.target).predicted_ns).sum()));
+        let ns = predicted_ns(&place(module.clone(), mesh.clone(), settings)?, settings.target);
+        ranking.push((mesh, ns));
     }
     ranking.sort_by_key(|candidate| candidate.1);
     Ok(ranking)
+}
+
+/// Time of a run of all entries, each node by itself, before any are fused.
+pub fn predicted_ns(placed: &Module, target: &Target) -> u64 {
+    let nodes = placed.graphs.iter().flat_map(|graph| graph.nodes.iter().map(move |node| (graph, node)));
+    nodes.map(|(graph, node)| cost::node(graph, node, target).predicted_ns).sum()
+}
+
+/// Predicted time on one device, as [`rank_meshes`] predicts it.
+///
+/// # Errors
+/// As [`run`].
+pub fn one_device_ns(module: &Module, settings: &Settings<'_>) -> Result<u64, PassError> {
+    Ok(predicted_ns(&place(module.clone(), Mesh::default(), settings)?, settings.target))
 }
 
 /// Shards every entry of the module.

@@ -3,42 +3,50 @@
 use std::collections::BTreeMap;
 
 use cpu::{View, ViewMut};
-use planfile::plan::{Action, Call, Implementation, Plan, Step};
+use planfile::plan::{Action, Plan, Step};
 use planfile::{Buffer, DType, Op, Tensor};
 
-use crate::compare::to_f64s;
+use crate::compare::{Comparison, Elements, Tolerance, compare, to_f64s};
 use crate::cuda::StepRecord;
 use crate::error::{RuntimeError, StepError};
+use crate::rounding::{Rounding, WHOLE};
 use crate::spec::run_spec;
 use crate::virtual_devices::{combined, receive};
 
 /// How far a step's results are from its specification's. The largest over its results, and over the ranks so far.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Deviation {
     /// `max |actual - expected| / max |expected|`; infinite where one is not a number and the other is.
     pub largest: f64,
     /// `‖actual - expected‖ / ‖expected‖` over elements that are finite in both.
     pub relative: f64,
-    /// Whether every result is within the tolerance of its type.
+    /// What `largest` may be: see [`tolerance`]. Nothing where elements are judged by themselves.
+    pub allowed: Option<f64>,
+    /// Whether every result is within the tolerance.
     pub passes: bool,
+    /// Of the first result that is not.
+    pub failure: Option<Comparison>,
 }
 
-/// What a step's result of that type may be off, as a share of the largest expected value: sums in another order, and
-/// functions that round otherwise. Integers and booleans are exact. TF32 has 10 bits behind the point.
-pub fn tolerance(dtype: DType, allow_tf32: bool) -> f64 {
-    match dtype {
+/// What a step's result of that type may be off, as a share of the largest expected value: [`WHOLE`] times what rounding
+/// is expected to do in its primitives, operands rounded to TF32 and the length of sums included. Functions that round
+/// otherwise are let pass by a least share. Integers and booleans are exact.
+pub fn tolerance(dtype: DType, rounding: &Rounding) -> f64 {
+    let least = match dtype {
         DType::F16 => 2e-3,
         DType::BF16 => 1.6e-2,
-        DType::F32 if allow_tf32 => 2e-3,
         DType::F32 => 1e-4,
         DType::F64 => 1e-10,
-        _ => 0.0,
-    }
+        _ => return 0.0,
+    };
+    (WHOLE * rounding.expected).max(least)
 }
 
 /// Collects records of a run and compares them, those of exchanges once all ranks' are there.
 pub struct Checker<'a> {
     plan: &'a Plan,
+    /// Judges each element by itself instead.
+    elements: Option<Elements>,
     /// Exchanges that wait for other ranks.
     waiting: BTreeMap<(usize, usize), Vec<StepRecord>>,
     /// By program and step.
@@ -46,13 +54,13 @@ pub struct Checker<'a> {
 }
 
 impl<'a> Checker<'a> {
-    pub fn new(plan: &'a Plan) -> Self {
-        Self { plan, waiting: BTreeMap::new(), found: BTreeMap::new() }
+    pub fn new(plan: &'a Plan, elements: Option<Elements>) -> Self {
+        Self { plan, elements, waiting: BTreeMap::new(), found: BTreeMap::new() }
     }
 
     /// Every step that was compared, in the plan's order.
     pub fn found(&self) -> impl Iterator<Item = ((usize, usize), Deviation)> + '_ {
-        self.found.iter().map(|(&at, &found)| (at, found))
+        self.found.iter().map(|(&at, found)| (at, found.clone()))
     }
 
     /// Steps that were recorded but not compared: exchanges of which a rank's record is missing.
@@ -89,17 +97,6 @@ impl<'a> Checker<'a> {
         Ok(())
     }
 
-    /// Whether a library may round the step's operands.
-    fn allows_tf32(&self, (program, step): (usize, usize)) -> bool {
-        let step = self.plan.programs.get(program).and_then(|program| program.steps.get(step));
-        let Some(Action::Library { kernel, .. }) = step.map(|step| &step.action) else { return false };
-        match self.plan.kernels.get(*kernel as usize).map(|kernel| &kernel.implementation) {
-            Some(Implementation::Library { call: Call::Matmul(call), .. }) => call.allow_tf32,
-            Some(Implementation::Library { call: Call::Convolution(call), .. }) => call.allow_tf32,
-            _ => false,
-        }
-    }
-
     fn failed(&self, step: &Step, record: &StepRecord, source: StepError) -> RuntimeError {
         let names = &self.plan.explanations.names;
         let origin = step.origin.iter().filter_map(|&name| names.get(name as usize)).cloned().collect();
@@ -131,19 +128,33 @@ impl<'a> Checker<'a> {
     }
 
     fn compare(&mut self, at: (usize, usize), record: &StepRecord, expected: &[Tensor]) {
-        let nothing = Deviation { largest: 0.0, relative: 0.0, passes: true };
+        let nothing = Deviation { largest: 0.0, relative: 0.0, allowed: None, passes: true, failure: None };
+        let step = self.plan.programs.get(at.0).and_then(|program| program.steps.get(at.1));
+        let rounding = step.map_or(Rounding::NONE, |step| Rounding::of_step(self.plan, step));
         // Where terms cancel, what is left is rounding of the size of the terms.
         let terms = record.operands.iter().filter(|operand| operand.ty.dtype.is_float()).flat_map(to_f64s);
         let largest_term =
             terms.filter(|term| term.is_finite()).fold(0.0, |largest: f64, term| largest.max(term.abs()));
-        let allow_tf32 = self.allows_tf32(at);
         let found = self.found.entry(at).or_insert(nothing);
         for (actual, expected) in record.results.iter().zip(expected) {
             let (largest, relative) = deviation(actual, expected, largest_term * CANCELLATION);
             found.largest = found.largest.max(largest);
             found.relative = found.relative.max(relative);
-            // NaN passes nothing.
-            found.passes &= largest <= tolerance(expected.ty.dtype, allow_tf32);
+            let allowed = tolerance(expected.ty.dtype, &rounding);
+            let judged = compare(actual, expected, Tolerance { rounding, elements: self.elements });
+            let passes = match (&self.elements, &judged) {
+                (Some(_), Ok(judged)) => judged.passes(),
+                (Some(_), Err(_)) => false,
+                // NaN passes nothing.
+                (None, _) => largest <= allowed,
+            };
+            if self.elements.is_none() {
+                found.allowed = Some(found.allowed.map_or(allowed, |other| other.max(allowed)));
+            }
+            if !passes && found.passes {
+                found.failure = judged.ok();
+            }
+            found.passes &= passes;
         }
     }
 }
@@ -246,6 +257,15 @@ mod tests {
         // Integers that f64 cannot tell apart.
         let large = |value: i64| Tensor::from_elements(&[1], &[value]).unwrap();
         assert_eq!(distance(&large((1 << 53) + 1), &large(1 << 53)).0, f64::INFINITY);
+    }
+
+    #[test]
+    fn what_a_step_may_be_off_follows_its_type_and_the_length_of_its_sums() {
+        let expected = |expected| Rounding { expected, ..Rounding::NONE };
+        assert_eq!(tolerance(DType::F32, &expected(1e-7)), 1e-4);
+        assert_eq!(tolerance(DType::F32, &expected(1e-3)), 4e-3);
+        assert_eq!(tolerance(DType::BF16, &expected(f64::powi(2.0, -8))), 1.6e-2);
+        assert_eq!(tolerance(DType::I64, &expected(1e-3)), 0.0);
     }
 
     #[test]

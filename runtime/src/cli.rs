@@ -3,9 +3,11 @@
 mod allocator;
 mod bench;
 mod check;
+mod comparison;
 mod completions;
 mod doctor;
 mod exit;
+mod help;
 mod progress;
 mod report;
 mod run;
@@ -14,12 +16,14 @@ mod signals;
 pub use allocator::Allocator;
 pub use bench::{BenchFlags, BenchReport, StepReport, bench};
 pub use check::{CheckReport, CheckedOutput, CheckedStep, check};
+pub use comparison::{ComparisonReport, HistogramBin, PartReport, ToleranceFlags, ToleranceReport, WouldPass};
 pub use completions::{Shell, completions};
 pub use doctor::{DoctorReport, GpuFinding, LibraryFinding, doctor};
 pub use exit::{Exit, Failure, exit_of_io, finish, print, print_json, warn};
+pub use help::{ENVIRONMENT, Program, Variable, described, parse, undescribed};
 pub use progress::{bytes_bar, spinner};
 pub use report::{frozen_text, summary_text};
-pub use run::{Data, DeviceFlags, OutputReport, RunReport, ToleranceFlags, choose_entry, run};
+pub use run::{Data, DeviceFlags, OutputReport, RunReport, choose_entry, run};
 
 /// What comes before everything else in a command: how signals and too little memory end it.
 pub fn start() {

@@ -1,26 +1,71 @@
-//! How far a tensor is from its reference.
+//! How far a tensor is from its reference, and whether rounding explains it.
+//!
+//! Either each element is judged by itself, as `--rtol` and `--atol` say, or the whole and its parts are judged by their
+//! Euclidean norms, with the share that [`Rounding`] allows. With `Δ = actual - expected`, for all elements
+//!
+//! `‖Δ‖ ≤ whole · ‖expected‖`
+//!
+//! and, for each part `p` of `m` elements: a row along the last dimension, all at one index of one dimension, one element,
+//!
+//! `‖Δ_p‖ ≤ part · max(‖expected_p‖, 0.03 · √m · rms(expected), max|expected| where m < 64)`.
+//!
+//! The last two say what a small part is compared with: rounding errors are of the size of the numbers that were summed,
+//! not of what is left where they cancel. Integers and booleans must be equal.
+
+mod diagnosis;
+mod parts;
 
 use half::{bf16, f16};
 use planfile::{DType, Tensor};
 
-/// An element passes where `|actual - expected| <= absolute + relative * |expected|`.
+pub use diagnosis::{Diagnosis, HISTOGRAM_EDGES, Look};
+pub use parts::{Part, Place};
+
+use crate::rounding::Rounding;
+
+/// What lets a comparison pass.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Tolerance {
+    /// What rounding explains; see the module's documentation.
+    pub rounding: Rounding,
+    /// Judges each element by itself instead.
+    pub elements: Option<Elements>,
+}
+
+/// An element passes where `|actual - expected| <= absolute + relative * |expected|`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Elements {
     pub relative: f64,
     pub absolute: f64,
 }
 
+impl From<Elements> for Tolerance {
+    fn from(elements: Elements) -> Self {
+        Self { rounding: Rounding::NONE, elements: Some(elements) }
+    }
+}
+
 /// Distance of a tensor from its reference.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Comparison {
     /// Largest `|actual - expected|`.
     pub max_error: f64,
     /// The same over the largest finite `|expected|`; over 1 where that is 0.
     pub max_relative_error: f64,
-    /// Elements beyond the tolerance.
+    /// `‖actual - expected‖ / ‖expected‖`, of elements that are finite in both.
+    pub norm_error: f64,
+    /// Of the angle between both, of elements that are finite in both; 1 where they are the same.
+    pub cosine: f64,
+    /// Elements that are off by more than they may, by themselves or as part of what is off in its norm.
     pub beyond: u64,
+    /// Rows that are another result, not a rounded one, as after a choice that fell otherwise: see
+    /// [`Rounding::chooses`].
+    pub elsewhere: u64,
     /// The one with the largest error, if there are elements.
     pub worst: Option<Worst>,
+    /// What is farthest beyond what it may be off in its norm.
+    pub worst_part: Option<Part>,
+    pub diagnosis: Diagnosis,
 }
 
 /// An element, by its position in row-major order.
@@ -37,7 +82,7 @@ impl Comparison {
     }
 }
 
-/// Compares element by element, in `f64`. NaN equals NaN, and an infinity equals itself.
+/// Compares in `f64`. NaN equals NaN, and an infinity equals itself; what is finite in one only is beyond any tolerance.
 ///
 /// # Errors
 /// A sentence when type or shape differ.
@@ -45,30 +90,60 @@ pub fn compare(actual: &Tensor, expected: &Tensor, tolerance: Tolerance) -> Resu
     if actual.ty.dtype != expected.ty.dtype || actual.ty.sizes() != expected.ty.sizes() {
         return Err(format!("is {}, the reference is {}", actual.ty, expected.ty));
     }
-    let (actual, expected) = (to_f64s(actual), to_f64s(expected));
-    let mut comparison = Comparison { max_error: 0.0, max_relative_error: 0.0, beyond: 0, worst: None };
-    let mut largest = 0f64;
-    for (position, (&actual, &expected)) in (0u64..).zip(actual.iter().zip(&expected)) {
-        let same = actual == expected || (actual.is_nan() && expected.is_nan());
-        let error = match (actual - expected).abs() {
-            _ if same => 0.0,
-            // One of them is NaN.
-            error if error.is_nan() => f64::INFINITY,
-            error => error,
-        };
-        // Infinite tolerance would let anything pass where an infinity is expected.
-        let allowed = if expected.is_finite() { tolerance.absolute + tolerance.relative * expected.abs() } else { 0.0 };
-        comparison.beyond += u64::from(error > allowed);
-        if comparison.worst.is_none() || error > comparison.max_error {
-            comparison.max_error = error;
-            comparison.worst = Some(Worst { position, actual, expected });
+    let (dtype, sizes) = (expected.ty.dtype, expected.ty.sizes());
+    let unequal = || {
+        let width = dtype.bytes();
+        let pairs = actual.data.bytes().chunks_exact(width).zip(expected.data.bytes().chunks_exact(width));
+        pairs.filter(|(a, b)| a != b).count() as u64
+    };
+    let (values, references) = (to_f64s(actual), to_f64s(expected));
+    let errors: Vec<f64> = values.iter().zip(&references).map(|(&a, &b)| error(a, b)).collect();
+    let largest = references.iter().filter(|value| value.is_finite()).fold(0.0, |largest: f64, v| largest.max(v.abs()));
+    let (beyond, elsewhere, worst_part) = match tolerance.elements {
+        Some(Elements { relative, absolute }) => {
+            let pairs = errors.iter().zip(&references);
+            // Infinite tolerance would let anything pass where an infinity is expected.
+            let allowed = |expected: f64| if expected.is_finite() { absolute + relative * expected.abs() } else { 0.0 };
+            (pairs.filter(|(error, expected)| **error > allowed(**expected)).count() as u64, 0, None)
         }
-        if expected.is_finite() {
-            largest = largest.max(expected.abs());
+        None if !dtype.is_float() => (unequal(), 0, None),
+        None => {
+            let found = parts::judge(&errors, &references, &sizes, &tolerance.rounding);
+            (found.beyond, found.elsewhere, found.worst)
         }
+    };
+    let worst = errors.iter().enumerate().fold(None, |worst: Option<usize>, (position, error)| match worst {
+        Some(other) if errors[other] >= *error => worst,
+        _ => Some(position),
+    });
+    let max_error = worst.map_or(0.0, |position| errors[position]);
+    let diagnosis = Diagnosis::of(&values, &references, &errors, tolerance.rounding.expected);
+    Ok(Comparison {
+        max_error,
+        max_relative_error: max_error / if largest == 0.0 { 1.0 } else { largest },
+        norm_error: diagnosis.norm_error,
+        cosine: diagnosis.cosine,
+        beyond,
+        elsewhere,
+        worst: worst.map(|position| Worst {
+            position: position as u64,
+            actual: values[position],
+            expected: references[position],
+        }),
+        worst_part,
+        diagnosis,
+    })
+}
+
+/// `|actual - expected|`; infinite where one is a number and the other is not.
+fn error(actual: f64, expected: f64) -> f64 {
+    let same = actual == expected || (actual.is_nan() && expected.is_nan());
+    match (actual - expected).abs() {
+        _ if same => 0.0,
+        // One of them is NaN.
+        error if error.is_nan() => f64::INFINITY,
+        error => error,
     }
-    comparison.max_relative_error = comparison.max_error / if largest == 0.0 { 1.0 } else { largest };
-    Ok(comparison)
 }
 
 /// All elements as `f64`: exact but for integers beyond 53 bits.
@@ -102,7 +177,8 @@ pub fn to_f64s(tensor: &Tensor) -> Vec<f64> {
 mod tests {
     use super::*;
 
-    const TOLERANCE: Tolerance = Tolerance { relative: 0.1, absolute: 0.5 };
+    const TOLERANCE: Tolerance = Tolerance { elements: Some(Elements { relative: 0.1, absolute: 0.5 }), ..EXACT };
+    const EXACT: Tolerance = Tolerance { rounding: Rounding::NONE, elements: None };
 
     fn vector(elements: &[f32]) -> Tensor {
         Tensor::from_elements(&[elements.len() as u64], elements).unwrap()
@@ -139,5 +215,9 @@ mod tests {
         let ids = |elements: &[i64]| Tensor::from_elements(&[elements.len() as u64], elements).unwrap();
         assert_eq!(compare(&ids(&[3, -4]), &ids(&[3, 4]), TOLERANCE).unwrap().max_error, 8.0);
         assert_eq!(compare(&ids(&[]), &ids(&[]), TOLERANCE).unwrap().worst, None);
+        // Integers that `f64` cannot tell apart.
+        let large = 1i64 << 53;
+        assert_eq!(compare(&ids(&[large + 1, 3]), &ids(&[large, 3]), EXACT).unwrap().beyond, 1);
+        assert!(compare(&ids(&[large + 1]), &ids(&[large + 1]), EXACT).unwrap().passes());
     }
 }

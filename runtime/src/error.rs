@@ -4,6 +4,7 @@ use cpu::CpuError;
 use planfile::TensorType;
 use planfile::error::PlanError;
 use planfile::frozen::FrozenSummary;
+use planfile::text::count;
 
 use crate::cuda::{CudaError, LibraryName};
 
@@ -46,12 +47,14 @@ pub enum RuntimeError {
     #[error("the plan is compiled for `{architecture}`, not for GPUs: run it with `--devices cpu`, or compile it anew")]
     NotForGpus { architecture: String },
     #[error(
-        "the plan needs {ranks} GPUs, this process may use {found}; compile it for fewer with --gpus, look at \
-         CUDA_VISIBLE_DEVICES, or replay it on the CPU with `--devices cpu`"
+        "the plan needs {}, this process may use {found}; compile it for fewer with --gpus, look at \
+         CUDA_VISIBLE_DEVICES, or replay it on the CPU with `--devices cpu`",
+        count(u64::from(*ranks), "GPU")
     )]
     TooFewGpus { ranks: u32, found: u32 },
     #[error(
-        "the plan has {ranks} ranks, and {given} GPU{} given; give one for each rank",
+        "the plan has {}, and {given} GPU{} given; give one for each rank",
+        count(u64::from(*ranks), "rank"),
         if *given == 1 { " is" } else { "s are" }
     )]
     GpuCount { ranks: u32, given: usize },

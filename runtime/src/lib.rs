@@ -36,6 +36,7 @@ mod pieces;
 mod ports;
 mod random;
 pub mod refit;
+pub mod rounding;
 mod session;
 mod signature;
 mod spec;

@@ -6,18 +6,14 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser, Subcommand};
 use planfile::{PlanError, PlanFile, diff, replace};
 use runtime::cli::{
-    Allocator, BenchFlags, Data, DeviceFlags, Exit, Failure, Shell, ToleranceFlags, bench, bytes_bar, check,
-    completions, doctor, finish, print, print_json, run, start, start_threads, summary_text, warn,
+    Allocator, BenchFlags, Data, DeviceFlags, Exit, Failure, Program, Shell, ToleranceFlags, bench, bytes_bar, check,
+    completions, doctor, finish, parse, print, print_json, run, start, start_threads, summary_text, warn,
 };
 use runtime::refit::{Sources, refit};
 use runtime::tensor_file::TestData;
 use serde_json::json;
 
 /// Runs, times, inspects, verifies, compares and refits plans that `compile` wrote.
-///
-/// Exit codes: 0 success; 1 beyond the tolerance, verification failed, or plans differ; 2 wrong command line; 3 invalid
-/// plan or input, or too little memory; 4 a file could not be read or written; 5 a driver, library or GPU is missing or
-/// does not fit; 70 internal error; 128 + n ended by signal n.
 #[derive(Parser)]
 #[command(name = "plan", version)]
 struct Arguments {
@@ -29,6 +25,8 @@ struct Arguments {
 enum Command {
     /// Runs a plan on GPUs or on virtual devices, one per rank
     Run {
+        /// The plan
+        #[arg(value_name = "MODEL.plan")]
         plan: PathBuf,
         /// Which entry; needed where there are several
         #[arg(long, value_name = "NAME")]
@@ -53,6 +51,8 @@ enum Command {
     },
     /// Times runs of a plan: median, least, 99th percentile
     Bench {
+        /// The plan
+        #[arg(value_name = "MODEL.plan")]
         plan: PathBuf,
         /// Which entry; needed where there are several
         #[arg(long, value_name = "NAME")]
@@ -70,6 +70,8 @@ enum Command {
     },
     /// Runs each step on GPUs and compares it with its specification on the CPU, on the same operands
     Check {
+        /// The plan
+        #[arg(value_name = "MODEL.plan")]
         plan: PathBuf,
         /// Which entry; needed where there are several
         #[arg(long, value_name = "NAME")]
@@ -84,6 +86,8 @@ enum Command {
         #[arg(long, value_name = "OTHER.plan")]
         reference: Option<PathBuf>,
         #[command(flatten)]
+        tolerance: ToleranceFlags,
+        #[command(flatten)]
         devices: DeviceFlags,
         /// The report for programs
         #[arg(long)]
@@ -97,6 +101,8 @@ enum Command {
     },
     /// Shows signature, memory per device and steps
     Inspect {
+        /// The plan
+        #[arg(value_name = "MODEL.plan")]
         plan: PathBuf,
         /// The summary for programs
         #[arg(long, conflicts_with = "text")]
@@ -107,6 +113,8 @@ enum Command {
     },
     /// Checks every hash, bound, order and collective
     Verify {
+        /// The plan
+        #[arg(value_name = "MODEL.plan")]
         plan: PathBuf,
         /// The verdict for programs
         #[arg(long)]
@@ -114,7 +122,11 @@ enum Command {
     },
     /// Shows what differs between two plans; ends with 1 if anything does
     Diff {
+        /// A plan
+        #[arg(value_name = "OLD.plan")]
         before: PathBuf,
+        /// The plan to compare it with
+        #[arg(value_name = "NEW.plan")]
         after: PathBuf,
         /// The differences for programs
         #[arg(long)]
@@ -122,6 +134,8 @@ enum Command {
     },
     /// Puts new weights of the same graph into a plan, as compiling the new model would
     Refit {
+        /// The plan
+        #[arg(value_name = "MODEL.plan")]
         plan: PathBuf,
         /// The new model file, or its folder; external data beside it, all of the same sizes as before
         #[arg(long, value_name = "MODEL.onnx|DIR")]
@@ -134,7 +148,11 @@ enum Command {
         external_data_root: Option<PathBuf>,
     },
     /// Prints a script that completes this command line
-    Completions { shell: Shell },
+    Completions {
+        /// Which shell
+        #[arg(value_name = "SHELL")]
+        shell: Shell,
+    },
 }
 
 #[global_allocator]
@@ -142,7 +160,7 @@ static ALLOCATOR: Allocator = Allocator;
 
 fn main() -> ExitCode {
     start();
-    finish(execute(Arguments::parse().command))
+    finish(execute(parse::<Arguments>(Program::Plan).command))
 }
 
 fn execute(command: Command) -> Result<Exit, Failure> {
@@ -157,7 +175,7 @@ fn execute(command: Command) -> Result<Exit, Failure> {
                 (None, None) => Data::Random,
             };
             let file = PlanFile::open(&plan)?;
-            let report = run(file, entry.as_deref(), data, outputs.as_deref(), tolerance.into(), &devices)?;
+            let report = run(file, entry.as_deref(), data, outputs.as_deref(), tolerance, &devices)?;
             if json { print_json(&json!(report)) } else { print(&report.text()) }?;
             Ok(report.exit())
         }
@@ -167,7 +185,7 @@ fn execute(command: Command) -> Result<Exit, Failure> {
             if json { print_json(&json!(report)) } else { print(&report.text()) }?;
             Ok(Exit::Success)
         }
-        Command::Check { plan, entry, inputs, test_data, reference, devices, json } => {
+        Command::Check { plan, entry, inputs, test_data, reference, tolerance, devices, json } => {
             let test_data = test_data.map(|folder| TestData::read(&folder)).transpose()?;
             let data = match (&inputs, &test_data) {
                 (Some(path), _) => Data::Npz(path),
@@ -175,7 +193,7 @@ fn execute(command: Command) -> Result<Exit, Failure> {
                 (None, None) => Data::Random,
             };
             let reference = reference.map(|path| PlanFile::open(&path)).transpose()?;
-            let report = check(PlanFile::open(&plan)?, entry.as_deref(), data, &devices, reference)?;
+            let report = check(PlanFile::open(&plan)?, entry.as_deref(), data, tolerance, &devices, reference)?;
             if json { print_json(&json!(report)) } else { print(&report.text()) }?;
             Ok(report.exit())
         }
@@ -251,4 +269,16 @@ fn verify(path: &std::path::Path) -> Result<u64, PlanError> {
     file.verify_all(|done| bar.set_position(done))?;
     bar.finish_and_clear();
     Ok(total)
+}
+
+#[cfg(test)]
+mod tests {
+    use runtime::cli::{described, undescribed};
+
+    use super::*;
+
+    #[test]
+    fn every_argument_is_described() {
+        assert_eq!(undescribed(&described(Arguments::command(), Program::Plan)), Vec::<String>::new());
+    }
 }

@@ -9,6 +9,7 @@ use std::path::Path;
 
 use planfile::regular;
 use planfile::tensor::try_zeroed;
+use planfile::text::count;
 use planfile::{Buffer, DType, Tensor, TensorType};
 
 use crate::tensor_file::TensorFileError;
@@ -53,7 +54,7 @@ pub fn decode(bytes: &[u8]) -> Result<Tensor, String> {
         (None, None) => Cow::default(),
     };
     if data.len() as u64 != expected {
-        return Err(format!("data has {} bytes, {ty} takes {expected}", data.len()));
+        return Err(format!("data has {}, {ty} takes {expected}", count(data.len() as u64, "byte")));
     }
     if dtype == DType::Bool && data.iter().any(|&byte| byte > 1) {
         return Err("a boolean is neither 0 nor 1".to_owned());
@@ -211,7 +212,7 @@ impl<'a> Wire<'a> {
         let end = usize::try_from(count).ok().and_then(|count| self.position.checked_add(count));
         let taken = end.and_then(|end| self.bytes.get(self.position..end));
         let taken = taken.ok_or_else(|| {
-            format!("it is cut: a field at byte {} takes {count} bytes of {}", self.position, self.bytes.len())
+            format!("it is cut: a field at byte {} takes more bytes ({count}) than there are", self.position)
         })?;
         self.position += taken.len();
         Ok(taken)

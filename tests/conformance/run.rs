@@ -11,7 +11,7 @@ use passes::shard::{MeshChoice, parse_mesh};
 use planfile::plan::{Action, Plan};
 use planfile::{DType, Target, Tensor};
 use planwright::compiler::{CompileError, Request};
-use runtime::compare::{Tolerance, compare};
+use runtime::compare::{Elements, Tolerance, compare};
 use runtime::tensor_file::TestData;
 use runtime::tensor_proto::read_tensor_proto;
 use runtime::{Devices, Session};
@@ -138,12 +138,13 @@ fn refused_or_failed(error: &CompileError) -> Fault {
 
 /// Two units in the last place for half types, the tolerance of ONNX's own runner for the others.
 fn tolerance(dtype: DType) -> Tolerance {
-    match dtype {
-        DType::F16 => Tolerance { relative: 2e-3, absolute: 1e-5 },
-        DType::BF16 => Tolerance { relative: 1.6e-2, absolute: 1e-5 },
-        DType::F32 | DType::F64 => Tolerance { relative: 1e-3, absolute: 1e-7 },
-        _ => Tolerance { relative: 0.0, absolute: 0.0 },
-    }
+    let elements = match dtype {
+        DType::F16 => Elements { relative: 2e-3, absolute: 1e-5 },
+        DType::BF16 => Elements { relative: 1.6e-2, absolute: 1e-5 },
+        DType::F32 | DType::F64 => Elements { relative: 1e-3, absolute: 1e-7 },
+        _ => Elements { relative: 0.0, absolute: 0.0 },
+    };
+    elements.into()
 }
 
 /// What a case is compiled for, and run on.

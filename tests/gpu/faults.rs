@@ -40,7 +40,7 @@ fn compile(text: &str, mesh: &str, path: &Path) -> Plan {
     let shard = ShardOptions { mesh, split_table_bytes: 1, batch_dim: 0 };
     let settings = Settings { weights: &NoFiles, options: Options::default(), shard, target: &target };
     let module = ir::text::parse_lines(text).unwrap();
-    let plan = passes::compile::run(module, &settings, &Anew, &mut |_, _| {}).unwrap().unwrap();
+    let plan = passes::compile::run(module, &settings, &Anew, &mut |_, _| {}).unwrap().unwrap().plan;
     assert!(plan.programs.iter().any(|program| program.faults().count() > 0));
     write_plan::<planwright::compiler::CompileError>(path, &plan, |sink| {
         Ok(image::write(&plan, &NoFiles, |bytes| sink.push(sink.position(), bytes))?)

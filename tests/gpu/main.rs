@@ -11,6 +11,8 @@
 mod faults;
 mod kernels;
 mod models;
+#[path = "../routing/mod.rs"]
+mod routing;
 
 use planfile::{DType, Tensor};
 use runtime::compare::to_f64s;

@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use planfile::text::count;
 use planfile::{DType, Tensor, TensorType};
 use thiserror::Error;
 
@@ -36,7 +37,10 @@ pub enum BindingError {
         known_names("its inputs are", known)
     )]
     UnknownInput { given: &'static str, input: String, known: Vec<String> },
-    #[error("input `{input}` has rank {expected}, but {given} gives it {found} dimensions; give {expected}")]
+    #[error(
+        "input `{input}` has rank {expected}, but {given} gives it {}; give {expected}",
+        count(*found as u64, "dimension")
+    )]
     Rank { input: String, given: &'static str, expected: usize, found: usize },
     #[error(
         "axis {axis} of input `{input}` is {expected} in the model, but {given} makes it {found}; bind it to {expected}"

@@ -4,6 +4,7 @@ use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
+use planfile::text::count;
 use thiserror::Error;
 
 use crate::bindings::BindingError;
@@ -28,8 +29,9 @@ pub enum OnnxError {
     NotAModel { path: PathBuf, offset: u64, found: String, hint: &'static str },
 
     #[error(
-        "{} is truncated: a field at byte {offset} needs {needed_bytes} bytes, {left_bytes} are left; export or download the model again",
-        path.display()
+        "{} is truncated: a field at byte {offset} needs {}, {left_bytes} left; export or download the model again",
+        path.display(),
+        count(*needed_bytes, "byte")
     )]
     Truncated { path: PathBuf, offset: u64, needed_bytes: u64, left_bytes: u64 },
 
@@ -120,10 +122,10 @@ pub enum OnnxError {
     #[error("weights are absent: {} was not there when the model was loaded; put the file there, or use `--weights random:SEED`", path.display())]
     AbsentFile { path: PathBuf },
 
-    #[error("{} changed since the model was loaded: it had {expected_bytes} bytes, now {found_bytes}; compile again", path.display())]
+    #[error("{} changed since the model was loaded: it had {}, now {found_bytes}; compile again", path.display(), count(*expected_bytes, "byte"))]
     FileChanged { path: PathBuf, expected_bytes: u64, found_bytes: u64 },
 
-    #[error("bytes {offset}..+{length} were asked of weight file {file}, which has {file_bytes} bytes")]
+    #[error("bytes {offset}..+{length} were asked of weight file {file}, which has {}", count(*file_bytes, "byte"))]
     OutOfRange { file: u32, offset: u64, length: u64, file_bytes: u64 },
 
     #[error("{}", unsupported(.0))]
@@ -154,10 +156,11 @@ pub enum TensorProblem {
     #[error("the product of its dimensions {dims:?} overflows 64 bits; export the model again")]
     Overflow { dims: Vec<u64> },
     #[error(
-        "raw data of the wrong length: {found_bytes} bytes for {dtype}{dims:?}, which takes {expected_bytes}; export the model again"
+        "raw data of the wrong length: {} for {dtype}{dims:?}, which takes {expected_bytes}; export the model again",
+        count(*found_bytes, "byte")
     )]
     RawLength { dtype: &'static str, dims: Vec<u64>, expected_bytes: u64, found_bytes: u64 },
-    #[error("`{field}` holds {found} elements for dimensions {dims:?}, which take {expected}; export the model again")]
+    #[error("`{field}` holds {} for dimensions {dims:?}, which take {expected}; export the model again", count(*found, "element"))]
     ElementCount { field: &'static str, dims: Vec<u64>, expected: u64, found: u64 },
     #[error("element type number {number} is not one of ONNX; export the model again")]
     UnknownType { number: i32 },
@@ -197,7 +200,8 @@ pub enum ExternalProblem {
     #[error("it is not a regular file; put the weights there as a file")]
     NotAFile,
     #[error(
-        "bytes {offset} to {offset} + {length} lie past the end of the file ({file_bytes} bytes); the file is cut short or belongs to another model"
+        "bytes {offset} to {offset} + {length} lie past the end of the file ({}); the file is cut short or belongs to another model",
+        count(*file_bytes, "byte")
     )]
     PastEnd { offset: u64, length: u64, file_bytes: u64 },
 }

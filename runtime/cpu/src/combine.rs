@@ -1,6 +1,7 @@
 //! How two values become one: reductions, scatters, and the step that collectives repeat.
 
 use planfile::DType;
+use planfile::attributes::combine_name;
 use planfile::op::Combine;
 
 use crate::error::CpuError;
@@ -49,7 +50,7 @@ pub(crate) use with_combine;
 /// [`CpuError::Length`] unless both are equally many whole elements, [`CpuError::Alignment`].
 pub fn combine(combine: Combine, dtype: DType, into: &mut [u8], from: &[u8]) -> Result<(), CpuError> {
     if into.len() != from.len() || !into.len().is_multiple_of(dtype.bytes()) {
-        let what = format!("right side of {combine:?} of {dtype}");
+        let what = format!("right side of {} of {dtype}", combine_name(combine));
         return Err(CpuError::Length { what, expected: into.len() as u64, actual: from.len() });
     }
     if is_half(dtype) {

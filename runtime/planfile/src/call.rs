@@ -1,7 +1,10 @@
 //! Calls into libraries, in full: shapes, strides and fused operations, so that the runtime has nothing to work out.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
+use crate::attributes::real;
 use crate::op::Real;
 use crate::types::TensorType;
 
@@ -82,6 +85,75 @@ pub struct Convolution {
     pub transposed: bool,
     /// Whether `f32` operands may be rounded to TF32.
     pub allow_tf32: bool,
+}
+
+impl fmt::Display for Call {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Matmul(call) => call.fmt(f),
+            Self::Convolution(call) => call.fmt(f),
+        }
+    }
+}
+
+impl fmt::Display for Matmul {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { m, n, k, batch, a, b, result, scale, bias, residual, activation, allow_tf32 } = self;
+        write!(f, "matmul {{m {m}, n {n}, k {k}, batch {batch}, a {a}, b {b}, result {result}")?;
+        if scale.0.to_bits() != 1f64.to_bits() {
+            write!(f, ", scale {}", real(*scale))?;
+        }
+        added(f, *bias, *residual)?;
+        match activation {
+            Activation::None => {}
+            Activation::Relu => f.write_str(", relu")?,
+            Activation::GeluTanh => f.write_str(", gelu_tanh")?,
+        }
+        f.write_str(if *allow_tf32 { ", allow_tf32}" } else { "}" })
+    }
+}
+
+/// `%1+64 [32, 1, 2048]`: the operand, its offset, and the strides of rows, columns and batch.
+impl fmt::Display for Matrix {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { operand, offset, row_stride, column_stride, batch_stride } = self;
+        let offset = if *offset == 0 { String::new() } else { format!("+{offset}") };
+        write!(f, "%{operand}{offset} [{row_stride}, {column_stride}, {batch_stride}]")
+    }
+}
+
+impl fmt::Display for Convolution {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { input, filter, batch, input_channels, output_channels, groups, .. } = self;
+        let Self { input_sizes, output_sizes, window, pads, strides, dilations, .. } = self;
+        write!(
+            f,
+            "convolution {{input %{input}, filter %{filter}, batch {batch}, channels {input_channels} to \
+             {output_channels}, sizes {input_sizes:?} to {output_sizes:?}, window {window:?}, pads {pads:?}, strides \
+             {strides:?}, dilations {dilations:?}, groups {groups}"
+        )?;
+        added(f, self.bias, self.residual)?;
+        let flags = [
+            ("relu", self.relu),
+            ("channels_last", self.channels_last),
+            ("transposed", self.transposed),
+            ("allow_tf32", self.allow_tf32),
+        ];
+        for (name, _) in flags.iter().filter(|(_, set)| *set) {
+            write!(f, ", {name}")?;
+        }
+        f.write_str("}")
+    }
+}
+
+/// Operands that are added to a product.
+fn added(f: &mut fmt::Formatter<'_>, bias: Option<u32>, residual: Option<u32>) -> fmt::Result {
+    for (name, operand) in [("bias", bias), ("residual", residual)] {
+        if let Some(operand) = operand {
+            write!(f, ", {name} %{operand}")?;
+        }
+    }
+    Ok(())
 }
 
 impl Call {
@@ -255,6 +327,17 @@ mod tests {
             activation: Activation::None,
             allow_tf32: false,
         }
+    }
+
+    #[test]
+    fn calls_are_printed_in_the_words_of_the_field() {
+        let text = Call::Matmul(Matmul { activation: Activation::Relu, scale: Real(0.5), ..product() }).to_string();
+        assert_eq!(
+            text,
+            "matmul {m 4, n 6, k 8, batch 1, a %0 [8, 1, 0], b %1 [6, 1, 0], result %0 [6, 1, 0], scale 0.5, bias %2, relu}"
+        );
+        let plain = Call::Matmul(Matmul { bias: None, allow_tf32: true, ..product() }).to_string();
+        assert!(plain.ends_with("result %0 [6, 1, 0], allow_tf32}"), "{plain}");
     }
 
     #[test]

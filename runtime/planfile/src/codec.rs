@@ -9,6 +9,8 @@ use bincode::error::DecodeError;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use crate::text::count;
+
 /// Largest encoded value, in bytes.
 pub const MAX_SECTION_BYTES: u64 = 1 << 30;
 
@@ -52,7 +54,7 @@ pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
     let (value, used) = decoded.map_err(|error| describe(&error))?;
     match bytes.len() - used {
         0 => Ok(value),
-        left => Err(format!("{left} bytes are left over")),
+        left => Err(format!("{} left over", count(left as u64, "byte"))),
     }
 }
 
@@ -82,7 +84,7 @@ mod tests {
     fn left_over_bytes_are_refused() {
         let mut bytes = encode(&"text".to_owned()).unwrap();
         bytes.push(0);
-        assert_eq!(decode::<String>(&bytes).unwrap_err(), "1 bytes are left over");
+        assert_eq!(decode::<String>(&bytes).unwrap_err(), "1 byte left over");
     }
 
     #[test]

@@ -15,7 +15,7 @@ use crate::frozen::{FrozenInput, FrozenSummary};
 use crate::plan::{Kernel, Manifest, PlacedWeight, Plan, PlanEntry, PlanPort};
 use crate::reader::PlanFile;
 use crate::summary::memory;
-use crate::text::{Bytes, Duration, Splits, axes, operation, recipe};
+use crate::text::{Bytes, Duration, Splits, count, implementation, mesh, primitives, recipe};
 pub use steps::{ProgramDiff, StepLine};
 
 /// Bytes of weights compared in one go.
@@ -166,7 +166,7 @@ fn plan_facts(plan: &Plan) -> Facts {
         fact("compiler", &manifest.producer),
         fact("model", &manifest.model),
         fact("target", format!("{} ({})", manifest.target.name, manifest.target.architecture)),
-        fact("mesh", format!("{} on {} ranks", axes(&manifest.mesh), manifest.ranks)),
+        fact("mesh", mesh(&manifest.mesh, manifest.ranks)),
     ];
     facts.extend(manifest.files.iter().map(|file| fact(format!("file {}", file.name), Bytes(file.bytes).to_string())));
     let link =
@@ -185,7 +185,7 @@ fn signatures(plan: &Plan) -> Facts {
             let FrozenSummary { input, ty, value, node, .. } = FrozenSummary::from(frozen);
             fact(format!("{} frozen {input}", entry.name), format!("{ty} = {value}, for `{node}`"))
         };
-        let mut facts = vec![fact(&entry.name, format!("{} stages", entry.programs.len()))];
+        let mut facts = vec![fact(&entry.name, count(entry.programs.len() as u64, "stage"))];
         facts.extend(named("input", &entry.inputs));
         facts.extend(named("output", &entry.outputs));
         facts.extend(entry.frozen.iter().map(frozen));
@@ -227,8 +227,8 @@ fn placements(plan: &Plan) -> Facts {
 fn kernels(plan: &Plan) -> Facts {
     let kernel = |kernel: &Kernel| {
         let inputs: Vec<String> = kernel.spec.inputs.iter().map(ToString::to_string).collect();
-        let nodes: Vec<String> = kernel.spec.nodes.iter().map(|node| operation(&node.op)).collect();
-        let text = format!("({}) {} by {:?}", inputs.join(", "), nodes.join("; "), kernel.implementation);
+        let nodes = primitives(&kernel.spec).join("; ");
+        let text = format!("({}) {nodes} by {}", inputs.join(", "), implementation(&kernel.implementation));
         fact(&kernel.name, text)
     };
     // Kernels that share a name are matched in the order of what they compute, not of who uses them first.

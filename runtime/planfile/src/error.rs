@@ -5,6 +5,7 @@ use std::io;
 use std::path::PathBuf;
 
 use crate::replace::{ReplaceError, advice};
+use crate::text::count;
 use crate::verify::Finding;
 
 /// A plan that could not be written, read or trusted.
@@ -23,9 +24,9 @@ pub enum PlanError {
     NotAPlan,
     #[error("the plan has format version {found}, this program reads version {ours}; {}", version_advice(*found, *ours))]
     Version { found: u32, ours: u32 },
-    #[error("the plan is cut: it has {actual} bytes of {expected}; copy it again")]
+    #[error("the plan is cut: it has {} of {expected}; copy it again", count(*actual, "byte"))]
     Cut { expected: u64, actual: u64 },
-    #[error("the plan is followed by {extra} bytes that are not part of it; copy it again")]
+    #[error("the plan is followed by {}, not part of it; copy it again", count(*extra, "byte"))]
     Trailing { extra: u64 },
     #[error("header at byte {offset}: {what}; the file is damaged, copy it again")]
     Header { offset: u64, what: String },

@@ -124,6 +124,21 @@ impl From<i64> for RankScalar {
     }
 }
 
+/// As printed: the variant's name in lower case.
+macro_rules! display_in_lower_case {
+    ($($name:ty),*) => {
+        $(
+            impl fmt::Display for $name {
+                fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                    f.write_str(&format!("{self:?}").to_lowercase())
+                }
+            }
+        )*
+    };
+}
+
+display_in_lower_case!(Unary, Binary, Compare);
+
 impl fmt::Display for RankScalar {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -357,12 +372,12 @@ fn check_op(
         ExprOp::Compare(compare) => {
             let (right, left) = (pop()?, pop()?);
             let same = left == right;
-            same.then_some(DType::Bool).ok_or_else(|| format!("{compare:?} of {left} and {right}"))
+            same.then_some(DType::Bool).ok_or_else(|| format!("{compare} of {left} and {right}"))
         }
         ExprOp::Select => {
             let (no, yes, condition) = (pop()?, pop()?, pop()?);
             let fine = condition == DType::Bool && yes == no;
-            fine.then_some(yes).ok_or_else(|| format!("Select of {condition}, {yes}, {no}"))
+            fine.then_some(yes).ok_or_else(|| format!("select of {condition}, {yes}, {no}"))
         }
     }
 }
@@ -374,7 +389,7 @@ fn check_unary(unary: Unary, dtype: DType) -> Result<DType, String> {
         _ => dtype.is_float(),
     };
     let result = if matches!(unary, Unary::IsNan | Unary::IsInf) { DType::Bool } else { dtype };
-    fine.then_some(result).ok_or_else(|| format!("{unary:?} of {dtype}"))
+    fine.then_some(result).ok_or_else(|| format!("{unary} of {dtype}"))
 }
 
 fn check_binary(binary: Binary, left: DType, right: DType) -> Result<DType, String> {
@@ -384,5 +399,5 @@ fn check_binary(binary: Binary, left: DType, right: DType) -> Result<DType, Stri
             Binary::ShiftLeft | Binary::ShiftRight => left.is_integer(),
             _ => left != DType::Bool,
         };
-    fine.then_some(left).ok_or_else(|| format!("{binary:?} of {left} and {right}"))
+    fine.then_some(left).ok_or_else(|| format!("{binary} of {left} and {right}"))
 }

@@ -3,6 +3,7 @@
 //! This crate owns the closed set of primitive operations, their types and the format. It depends on no other crate
 //! of the workspace and does no computing of its own.
 
+pub mod attributes;
 pub mod call;
 pub mod codec;
 pub mod container;

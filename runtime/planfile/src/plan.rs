@@ -3,6 +3,8 @@
 //! Everything here was decided at compile time. Numbers are bytes, elements or nanoseconds, as their names say; ranks
 //! are numbers of devices in the plan, `0..ranks`.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 pub use crate::call::{Activation, Call, Convolution, Matmul, Matrix};
@@ -381,6 +383,25 @@ pub struct Explanations {
 pub struct Alternative {
     pub mesh: Vec<PlanAxis>,
     pub predicted_ns: u64,
+}
+
+impl fmt::Display for CollectiveAlgorithm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Host => "host",
+            Self::Nccl => "NCCL",
+            Self::OneShot => "one shot",
+        })
+    }
+}
+
+impl fmt::Display for Library {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::CublasLt => "cuBLASLt",
+            Self::Cudnn => "cuDNN",
+        })
+    }
 }
 
 impl Program {

@@ -320,7 +320,7 @@ mod tests {
         assert!(hostile.to_string().contains("section programs"), "{hostile}");
         let (_folder, path) = written();
         let trailing = forge(&path, Section::Kernels, |bytes| bytes.push(0));
-        assert!(trailing.to_string().contains("1 bytes are left over"), "{trailing}");
+        assert!(trailing.to_string().contains("1 byte left over"), "{trailing}");
         let (_folder, path) = written();
         let short = forge(&path, Section::Weights, |bytes| bytes.truncate(319));
         assert!(short.to_string().contains("the manifest says that it has 320 bytes"), "{short}");

@@ -4,17 +4,19 @@
 
 use std::fmt::{self, Display, Write};
 
+use crate::attributes::{attributes, real};
 use crate::container::FORMAT_VERSION;
 use crate::expr::{Expr, ExprOp, Scalar};
 use crate::frozen::FrozenSummary;
 use crate::infer::infer;
-use crate::op::Op;
+use crate::op::{Op, Real};
 use crate::plan::{
     Action, Argument, Binding, Edge, EdgeKind, Implementation, Kernel, LaunchShape, Place, PlacedWeight, Plan,
     PlanAxis, PlanWeight, Program, SplitDim, Step, Task,
 };
-use crate::spec::{Recipe, Source};
+use crate::spec::{Recipe, Source, Spec, SpecNode};
 use crate::summary::memory;
+use crate::types::TensorType;
 
 /// The whole plan as text; the same for the same plan.
 pub fn text(plan: &Plan) -> String {
@@ -28,7 +30,7 @@ fn write_plan(out: &mut String, plan: &Plan) -> fmt::Result {
     let manifest = &plan.manifest;
     writeln!(out, "plan {}: format {FORMAT_VERSION}, {}", manifest.model, manifest.producer)?;
     writeln!(out, "target {} ({})", manifest.target.name, manifest.target.architecture)?;
-    writeln!(out, "mesh {} on {} ranks", axes(&manifest.mesh), manifest.ranks)?;
+    writeln!(out, "mesh {}", mesh(&manifest.mesh, manifest.ranks))?;
     for (index, file) in manifest.files.iter().enumerate() {
         writeln!(out, "file {index} {} {}", file.name, Bytes(file.bytes))?;
     }
@@ -108,30 +110,54 @@ pub(crate) fn recipe(recipe: &Recipe) -> String {
         Source::Inline(_) => format!("constant {}", input.ty),
         Source::Random { seed } => format!("random {seed} {}", input.ty),
     });
-    let primitives = recipe.spec.nodes.iter().map(|node| operation(&node.op));
-    inputs.chain(primitives).collect::<Vec<_>>().join(", ")
+    inputs.chain(primitives(&recipe.spec)).collect::<Vec<_>>().join(", ")
 }
 
-fn write_kernel(out: &mut String, index: usize, kernel: &Kernel) -> fmt::Result {
-    let implementation = match &kernel.implementation {
-        Implementation::Reference => "reference".to_owned(),
-        Implementation::Cuda { code, symbol } => format!("code {code} {symbol}"),
-        Implementation::Library { library, version, call } => format!("{library:?} {version} {call:?}"),
+/// Each primitive with the types it results in.
+pub(crate) fn primitives(spec: &Spec) -> Vec<String> {
+    let types = |results: Vec<(usize, TensorType)>| {
+        results.into_iter().map(|(_, ty)| format!(" {ty}")).collect::<Vec<_>>().join(",")
     };
-    let inputs: Vec<String> =
-        kernel.spec.inputs.iter().enumerate().map(|(value, ty)| format!("%{value}: {ty}")).collect();
-    writeln!(out, "\nkernel {index} {} ({}) {implementation}", kernel.name, inputs.join(", "))?;
-    let types = kernel.spec.types().unwrap_or_default();
-    let mut known = kernel.spec.inputs.len();
-    for node in &kernel.spec.nodes {
-        let operands: Vec<String> = node.operands.iter().map(|operand| format!("%{operand}")).collect();
+    spec.nodes.iter().zip(results(spec)).map(|(node, made)| format!("{}{}", operation(&node.op), types(made))).collect()
+}
+
+/// For each node of a specification, its results by number, as far as they can be inferred.
+fn results(spec: &Spec) -> Vec<Vec<(usize, TensorType)>> {
+    let types = spec.types().unwrap_or_default();
+    let mut known = spec.inputs.len();
+    let made = |node: &SpecNode| {
         let taken: Option<Vec<_>> = node.operands.iter().map(|&operand| types.get(operand as usize)).collect();
         let count = taken.and_then(|taken| infer(&node.op, &taken).ok()).map_or(1, |results| results.len());
         let end = types.len().min(known + count);
-        let made = types.get(known..end).unwrap_or_default().iter().enumerate();
-        let made: Vec<String> = made.map(|(number, ty)| format!("%{}: {ty}", known + number)).collect();
-        writeln!(out, "  {} = {} {}", made.join(", "), operation(&node.op), operands.join(", "))?;
+        let made = types.get(known..end).unwrap_or_default().iter().cloned();
+        let made = made.enumerate().map(|(number, ty)| (known + number, ty)).collect();
         known += count;
+        made
+    };
+    spec.nodes.iter().map(made).collect()
+}
+
+/// What executes a kernel.
+pub(crate) fn implementation(implementation: &Implementation) -> String {
+    match implementation {
+        Implementation::Reference => "reference".to_owned(),
+        Implementation::Cuda { code, symbol } => format!("code {code} {symbol}"),
+        Implementation::Library { library, version, call } => {
+            let version = if version.is_empty() { String::new() } else { format!(" {version}") };
+            format!("{library}{version} {call}")
+        }
+    }
+}
+
+fn write_kernel(out: &mut String, index: usize, kernel: &Kernel) -> fmt::Result {
+    let inputs: Vec<String> =
+        kernel.spec.inputs.iter().enumerate().map(|(value, ty)| format!("%{value}: {ty}")).collect();
+    let by = implementation(&kernel.implementation);
+    writeln!(out, "\nkernel {index} {} ({}) {by}", kernel.name, inputs.join(", "))?;
+    for (node, made) in kernel.spec.nodes.iter().zip(results(&kernel.spec)) {
+        let operands: Vec<String> = node.operands.iter().map(|operand| format!("%{operand}")).collect();
+        let made: Vec<String> = made.iter().map(|(value, ty)| format!("%{value}: {ty}")).collect();
+        writeln!(out, "  {} = {} {}", made.join(", "), operation(&node.op), operands.join(", "))?;
     }
     let results: Vec<String> = kernel.spec.results.iter().map(|result| format!("%{result}")).collect();
     writeln!(out, "  return {}", results.join(", "))
@@ -142,10 +168,10 @@ fn write_program(out: &mut String, plan: &Plan, index: usize, program: &Program)
     let name = entry.map_or("", |entry| &entry.name);
     writeln!(
         out,
-        "\nprogram {index}: entry {name}, stage {}, ranks {:?}, {} streams, arena {}, peers {}",
+        "\nprogram {index}: entry {name}, stage {}, ranks {:?}, {}, arena {}, peers {}",
         program.stage,
         program.ranks,
-        program.streams,
+        count(u64::from(program.streams), "stream"),
         Bytes(program.arena_bytes),
         Bytes(program.peer_arena_bytes)
     )?;
@@ -221,11 +247,11 @@ impl Show<'_> {
                 format!("library {} {flow}{}", self.kernel(*kernel), workspace.unwrap_or_default())
             }
             Action::Collective { op, operands, results, algorithm } => {
-                format!("{} {} by {algorithm:?}", operation(op), self.flow(operands, results))
+                format!("{} {} by {algorithm}", operation(op), self.flow(operands, results))
             }
             Action::Copy { from, to } => format!("copy ({}) -> {}", self.place(from), self.place(to)),
             Action::Persistent { tasks, launch, .. } => {
-                format!("persistent {} tasks{}", tasks.len(), shape(launch.as_ref()))
+                format!("persistent {}{}", count(tasks.len() as u64, "task"), shape(launch.as_ref()))
             }
         }
     }
@@ -287,23 +313,8 @@ fn shape(launch: Option<&LaunchShape>) -> String {
 }
 
 /// An operation with its attributes; expressions in postfix.
-pub(crate) fn operation(op: &Op) -> String {
-    match op {
-        Op::Pointwise { expr, .. } => format!("pointwise {{{}}}", postfix(expr)),
-        Op::Recurrence { cell, reverse, functions, bias, peepholes, lengths } => {
-            let functions: Vec<String> = functions.iter().map(postfix).collect();
-            let functions = functions.join("; ");
-            format!(
-                "recurrence {{{cell:?}, reverse: {reverse:?}, functions: [{functions}], bias: {bias}, \
-                 peepholes: {peepholes}, lengths: {lengths}}}"
-            )
-        }
-        other => {
-            let debug = format!("{other:?}");
-            let attributes = debug.split_once(" {").map_or("", |(_, attributes)| attributes);
-            format!("{} {{{}", other.name(), attributes.trim_start()).replace(" }", "}")
-        }
-    }
+pub fn operation(op: &Op) -> String {
+    format!("{}{}", op.name(), attributes(op, &postfix))
 }
 
 fn postfix(expr: &Expr) -> String {
@@ -314,9 +325,9 @@ fn postfix(expr: &Expr) -> String {
         ExprOp::Set(slot) => format!("set{slot}"),
         ExprOp::Get(slot) => format!("get{slot}"),
         ExprOp::Cast(dtype) => dtype.to_string(),
-        ExprOp::Unary(op) => format!("{op:?}").to_lowercase(),
-        ExprOp::Binary(op) => format!("{op:?}").to_lowercase(),
-        ExprOp::Compare(op) => format!("{op:?}").to_lowercase(),
+        ExprOp::Unary(op) => op.to_string(),
+        ExprOp::Binary(op) => op.to_string(),
+        ExprOp::Compare(op) => op.to_string(),
         ExprOp::Select => "select".to_owned(),
     });
     ops.collect::<Vec<_>>().join(" ")
@@ -325,8 +336,14 @@ fn postfix(expr: &Expr) -> String {
 fn constant(scalar: Scalar) -> String {
     match scalar.to_i64() {
         Some(value) => format!("{value}:{}", scalar.dtype),
-        None => format!("{:?}:{}", scalar.to_f64(), scalar.dtype),
+        None => format!("{}:{}", real(Real(scalar.to_f64())), scalar.dtype),
     }
+}
+
+/// `data=2,tensor=2 on 4 ranks`.
+pub(crate) fn mesh(axes_: &[PlanAxis], ranks: u32) -> String {
+    let axes = if axes_.is_empty() { String::new() } else { format!("{} on ", axes(axes_)) };
+    format!("{axes}{}", count(u64::from(ranks), "rank"))
 }
 
 pub(crate) fn axes(mesh: &[PlanAxis]) -> String {
@@ -352,6 +369,11 @@ impl Display for Splits<'_> {
         }
         Ok(())
     }
+}
+
+/// `1 step`, `2 steps`: for nouns that take an `s`.
+pub fn count(number: u64, noun: &str) -> String {
+    format!("{number} {noun}{}", if number == 1 { "" } else { "s" })
 }
 
 /// Exact up to a few thousand, then also rounded.
@@ -401,6 +423,13 @@ mod tests {
     #[test]
     fn a_plan_reads_well() {
         insta::assert_snapshot!(text(&sample::plan()));
+    }
+
+    #[test]
+    fn nouns_follow_their_number() {
+        assert_eq!([0, 1, 2].map(|number| count(number, "step")), ["0 steps", "1 step", "2 steps"]);
+        assert_eq!(mesh(&[], 1), "1 rank");
+        assert_eq!(mesh(&[PlanAxis { name: "data".to_owned(), size: 2 }], 2), "data=2 on 2 ranks");
     }
 
     #[test]

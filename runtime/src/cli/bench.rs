@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
 use comfy_table::{CellAlignment, Table};
 use planfile::plan::{Action, Plan, PlanEntry, Step};
+use planfile::text::count;
 use planfile::{PlanFile, Tensor};
 use serde::Serialize;
 
@@ -82,6 +83,8 @@ pub struct StepReport {
     pub predicted_seconds: f64,
     /// The prediction over the measured time; see the module's documentation.
     pub roofline_share: f64,
+    /// More than 1: what is repeated stays in a cache, or the target is described as slower than the machine is.
+    pub beyond_roofline: bool,
 }
 
 /// Loads a plan and times an entry on the same inputs each time.
@@ -229,6 +232,7 @@ fn step_report(plan: &Plan, (program, number): (usize, usize), step: &Step, time
         bytes_per_second: rate(step.cost.memory_bytes),
         predicted_seconds,
         roofline_share: ratio(predicted_seconds, seconds),
+        beyond_roofline: is_beyond(ratio(predicted_seconds, seconds)),
     }
 }
 
@@ -249,13 +253,10 @@ fn quantile(sorted: &[Duration], share: f64) -> Duration {
 
 impl BenchReport {
     fn devices(&self) -> String {
-        let several = |count: usize| if count == 1 { "" } else { "s" };
-        let ranks = self.ranks as usize;
+        let ranks = u64::from(self.ranks);
         match self.threads_per_device {
-            0 => format!("{ranks} GPU{}", several(ranks)),
-            threads => {
-                format!("{ranks} virtual device{}, {threads} thread{} each", several(ranks), several(threads))
-            }
+            0 => count(ranks, "GPU"),
+            threads => format!("{}, {} each", count(ranks, "virtual device"), count(threads as u64, "thread")),
         }
     }
 
@@ -263,10 +264,10 @@ impl BenchReport {
     pub fn text(&self) -> String {
         let time = |seconds: f64| time_text(seconds * 1e9);
         let mut text = format!(
-            "`{}`: median {} of {} runs, least {}, 99 of 100 within {}; {:.1} runs a second; {}\n",
+            "`{}`: median {} of {}, least {}, 99 of 100 within {}; {:.1} runs a second; {}\n",
             self.entry,
             time(self.median_seconds),
-            self.runs,
+            count(u64::from(self.runs), "run"),
             time(self.least_seconds),
             time(self.p99_seconds),
             self.runs_per_second,
@@ -276,12 +277,15 @@ impl BenchReport {
             text.push_str(&format!("with inputs and outputs in host memory: median {}\n", time(seconds)));
         }
         text.push_str(&format!(
-            "the target's roofline is {}: {:.0} % of it is reached\n",
+            "the target's roofline is {}: {} of it is reached\n",
             time(self.predicted_seconds),
-            100.0 * self.roofline_share,
+            share_text(self.roofline_share),
         ));
         text.push_str(&memory_text(&self.device_memory));
         if self.steps.is_empty() {
+            if self.beyond_roofline() {
+                text.push_str(BEYOND_ROOFLINE);
+            }
             return text;
         }
         let total: f64 = self.steps.iter().map(|step| step.seconds).sum();
@@ -296,7 +300,7 @@ impl BenchReport {
                 format!("{:.1} %", 100.0 * ratio(step.seconds, total)),
                 format!("{:.1}", step.operations_per_second * 1e-9),
                 format!("{:.1}", step.bytes_per_second * 1e-9),
-                format!("{:.0} %", 100.0 * step.roofline_share),
+                share_text(step.roofline_share),
                 step.origin.join(" "),
             ]);
         }
@@ -306,8 +310,30 @@ impl BenchReport {
             }
         }
         text.push_str(&format!("{table}\n"));
+        if self.beyond_roofline() {
+            text.push_str(BEYOND_ROOFLINE);
+        }
         text
     }
+
+    fn beyond_roofline(&self) -> bool {
+        is_beyond(self.roofline_share) || self.steps.iter().any(|step| is_beyond(step.roofline_share))
+    }
+}
+
+/// What a mark after a share means.
+const BEYOND_ROOFLINE: &str = "! more than the target's roofline: what is repeated stays in a cache, or the target's \
+                               description is slower than the machine\n";
+
+/// Whether a share cannot be what it says.
+fn is_beyond(share: f64) -> bool {
+    (100.0 * share).round() > 100.0
+}
+
+/// In percent; marked where it is more than there is.
+fn share_text(share: f64) -> String {
+    let mark = if is_beyond(share) { " !" } else { "" };
+    format!("{:.0} %{mark}", 100.0 * share)
 }
 
 /// One line for each rank, or one for all that say the same.
@@ -374,6 +400,45 @@ mod tests {
     #[test]
     fn nothing_is_divided_by_a_time_too_short_to_measure() {
         assert_eq!([ratio(1.0, 0.5), ratio(1.0, 0.0), ratio(0.0, 0.0)], [2.0, 0.0, 0.0]);
+    }
+
+    #[test]
+    fn more_than_the_roofline_is_marked() {
+        assert_eq!([0.5, 1.0, 1.004, 1.3].map(share_text), ["50 %", "100 %", "100 %", "130 % !"]);
+        let mut report = BenchReport {
+            entry: "main".to_owned(),
+            ranks: 1,
+            threads_per_device: 1,
+            runs: 1,
+            runs_per_second: 1.0,
+            median_seconds: 1.0,
+            least_seconds: 1.0,
+            p99_seconds: 1.0,
+            predicted_seconds: 0.5,
+            roofline_share: 0.5,
+            end_to_end_median_seconds: None,
+            device_memory: vec![],
+            steps: vec![],
+        };
+        assert!(!report.text().contains(BEYOND_ROOFLINE));
+        assert!(report.text().contains("of 1 run,") && report.text().contains("1 virtual device, 1 thread each"));
+        let share = 2.0;
+        report.steps.push(StepReport {
+            program: 0,
+            step: 0,
+            what: "dot".to_owned(),
+            origin: vec![],
+            seconds: 0.1,
+            operations_per_second: 0.0,
+            bytes_per_second: 0.0,
+            predicted_seconds: 0.2,
+            roofline_share: share,
+            beyond_roofline: is_beyond(share),
+        });
+        assert!(report.text().contains("200 % !") && report.text().contains(BEYOND_ROOFLINE), "{}", report.text());
+        report.steps.clear();
+        report.roofline_share = 1.2;
+        assert!(report.text().contains("120 % ! of it is reached\n! more than"), "{}", report.text());
     }
 
     #[test]

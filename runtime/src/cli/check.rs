@@ -2,15 +2,19 @@
 
 use comfy_table::Table;
 use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
-use planfile::PlanFile;
 use planfile::plan::Plan;
+use planfile::text::count;
+use planfile::{DType, PlanFile};
 use serde::Serialize;
 
 use super::bench::what;
+use super::comparison::{ComparisonReport, ToleranceFlags, ToleranceReport};
 use super::exit::{Exit, Failure};
 use super::run::{Data, DeviceFlags, choose_entry, explained, given_inputs, load};
-use crate::check::{Checker, Deviation, distance};
+use crate::check::{Checker, Deviation, distance, tolerance};
+use crate::compare::Elements;
 use crate::error::{RuntimeError, StepError};
+use crate::rounding::{Rounding, WHOLE};
 use crate::{Devices, Session};
 
 /// Steps that the text shows, the farthest off first.
@@ -25,12 +29,16 @@ pub struct CheckReport {
     pub steps: usize,
     /// Exchanges of which a rank's record is missing.
     pub uncompared: usize,
-    /// Steps beyond the tolerance of their type.
+    /// How steps are judged.
+    pub step_tolerance: String,
+    /// Steps beyond their tolerance.
     pub beyond: usize,
     /// The first of them, in the plan's order.
     pub first: Option<CheckedStep>,
     /// The farthest off first.
     pub worst: Vec<CheckedStep>,
+    /// What outputs may be off the reference plan's, where one is given.
+    pub output_tolerance: Option<ToleranceReport>,
     /// Against the reference plan, where one is given.
     pub outputs: Vec<CheckedOutput>,
 }
@@ -48,7 +56,11 @@ pub struct CheckedStep {
     pub largest: f64,
     /// Of the Euclidean norms.
     pub relative: f64,
+    /// What the largest difference may be, unless elements are judged by themselves.
+    pub allowed: Option<f64>,
     pub passed: bool,
+    /// Of the first result that is beyond it.
+    pub failure: Option<ComparisonReport>,
 }
 
 /// An output, and how far it is from the reference plan's.
@@ -57,6 +69,7 @@ pub struct CheckedOutput {
     pub name: String,
     pub largest: f64,
     pub relative: f64,
+    pub comparison: ComparisonReport,
 }
 
 /// Runs an entry step by step on GPUs and compares each step with the CPU. The outputs are also compared with those of
@@ -68,6 +81,7 @@ pub fn check(
     file: PlanFile,
     entry: Option<&str>,
     data: Data<'_>,
+    limits: ToleranceFlags,
     devices: &DeviceFlags,
     reference: Option<PlanFile>,
 ) -> Result<CheckReport, Failure> {
@@ -81,7 +95,8 @@ pub fn check(
     let inputs = given_inputs(entry, data)?;
     let mut context = session.context_with_threads(devices.threads.unwrap_or_else(|| session.default_threads()))?;
     let plan = session.plan();
-    let mut checker = Checker::new(plan);
+    let limits = limits.of(Rounding::of(plan, entry));
+    let mut checker = Checker::new(plan, limits.elements);
     let mut replay = Replay::default();
     let outputs = context.run_recorded(&entry.name, &inputs, &mut |record| {
         let at = (record.program, record.step, record.rank);
@@ -91,6 +106,7 @@ pub fn check(
     let steps: Vec<CheckedStep> = checker.found().map(|(at, found)| checked(plan, at, found)).collect();
     let mut worst = steps.clone();
     worst.sort_by(|a, b| b.largest.total_cmp(&a.largest));
+    let output_tolerance = reference.is_some().then(|| limits.into());
     let outputs = match reference {
         None => Vec::new(),
         Some(reference) => {
@@ -99,7 +115,8 @@ pub fn check(
             let expected = session.context()?.run(name, &inputs).map_err(|error| explained(data, error))?;
             let compare = |((name, actual), (_, expected)): (&(String, _), &(String, _))| {
                 let (largest, relative) = distance(actual, expected);
-                CheckedOutput { name: name.clone(), largest, relative }
+                let comparison = ComparisonReport::of(actual, expected, limits);
+                CheckedOutput { name: name.clone(), largest, relative, comparison }
             };
             outputs.iter().zip(&expected).map(compare).collect()
         }
@@ -109,11 +126,29 @@ pub fn check(
         ranks: plan.manifest.ranks,
         steps: steps.len(),
         uncompared: checker.uncompared(),
+        step_tolerance: step_tolerance(limits.elements),
         beyond: steps.iter().filter(|step| !step.passed).count(),
         first: steps.into_iter().find(|step| !step.passed),
         worst,
+        output_tolerance,
         outputs,
     })
+}
+
+/// A clause.
+fn step_tolerance(elements: Option<Elements>) -> String {
+    match elements {
+        Some(Elements { relative, absolute }) => {
+            format!("each element within {relative:e} of its size plus {absolute:e}")
+        }
+        None => format!(
+            "{WHOLE} times what rounding is expected to do in a step, as a share of the largest value; at least {:e} in f32, \
+             {:e} in f16, {:e} in bf16",
+            tolerance(DType::F32, &Rounding::NONE),
+            tolerance(DType::F16, &Rounding::NONE),
+            tolerance(DType::BF16, &Rounding::NONE)
+        ),
+    }
 }
 
 /// The first step, in the plan's order and then the ranks', that the CPU cannot execute. Ranks tell of their steps in
@@ -155,53 +190,62 @@ fn checked(plan: &Plan, (program, number): (usize, usize), found: Deviation) -> 
         origin: origin.iter().filter_map(|&name| names.get(name as usize)).cloned().collect(),
         largest: found.largest,
         relative: found.relative,
+        allowed: found.allowed,
         passed: found.passes,
+        failure: found.failure.map(ComparisonReport::from),
     }
 }
 
 impl CheckReport {
-    /// Whether every step was within its tolerance.
+    /// Whether every step and output was within its tolerance.
     pub fn exit(&self) -> Exit {
-        if self.beyond == 0 && self.uncompared == 0 { Exit::Success } else { Exit::Beyond }
+        let outputs = self.outputs.iter().all(|output| output.comparison.passed);
+        if self.beyond == 0 && self.uncompared == 0 && outputs { Exit::Success } else { Exit::Beyond }
     }
 
     pub fn text(&self) -> String {
         let mut text = format!(
-            "checked {} steps of `{}` on {} GPU{} against the CPU: {} beyond their tolerance\n",
-            self.steps,
+            "checked {} of `{}` on {} against the CPU: {} beyond the tolerance\ntolerance: {}\n",
+            count(self.steps as u64, "step"),
             self.entry,
-            self.ranks,
-            if self.ranks == 1 { "" } else { "s" },
+            count(u64::from(self.ranks), "GPU"),
             self.beyond,
+            self.step_tolerance,
         );
         if self.uncompared > 0 {
-            text.push_str(&format!("{} exchanges were not compared: a rank's record is missing\n", self.uncompared));
+            let exchanges = count(self.uncompared as u64, "exchange");
+            text.push_str(&format!("not compared, for a rank's record is missing: {exchanges}\n"));
         }
-        if let Some(CheckedStep { program, step, what, origin, largest, relative, .. }) = &self.first {
+        if let Some(CheckedStep { program, step, what, origin, largest, relative, failure, .. }) = &self.first {
             text.push_str(&format!(
                 "the first: step #{step} of program {program}, {what}, from {}: {largest:.2e} of the largest, {relative:.2e} \
                  in the norm\n",
                 if origin.is_empty() { "no node".to_owned() } else { origin.join(", ") },
             ));
+            text.extend(failure.as_ref().map(|failure| failure.failure_text("its result")));
         }
         let mut table = Table::new();
         table.load_style(UTF8_HORIZONTAL_ONLY);
-        table.set_header(["step", "computes", "of largest", "norm", "", "from"]);
+        table.set_header(["step", "computes", "of largest", "allowed", "norm", "", "from"]);
         for step in self.worst.iter().take(SHOWN_STEPS) {
             table.add_row([
                 format!("{}.{}", step.program, step.step),
                 step.what.clone(),
                 format!("{:.2e}", step.largest),
+                step.allowed.map_or_else(String::new, |allowed| format!("{allowed:.1e}")),
                 format!("{:.2e}", step.relative),
                 if step.passed { "ok" } else { "BEYOND" }.to_owned(),
                 step.origin.join(" "),
             ]);
         }
         text.push_str(&format!("{table}\n"));
-        for CheckedOutput { name, largest, relative } in &self.outputs {
+        text.extend(self.output_tolerance.as_ref().map(ToleranceReport::text));
+        for CheckedOutput { name, largest, relative, comparison } in &self.outputs {
+            let verdict = if comparison.passed { "ok" } else { "BEYOND TOLERANCE" };
             text.push_str(&format!(
-                "{name} against the reference plan: {largest:.2e} of the largest, {relative:.2e} in the norm\n"
+                "{name} against the reference plan: {largest:.2e} of the largest, {relative:.2e} in the norm: {verdict}\n"
             ));
+            text.push_str(&comparison.failure_text(name));
         }
         text
     }

@@ -35,6 +35,23 @@ pub enum Exit {
     Internal = 70,
 }
 
+impl Exit {
+    /// Every exit code with what it means, as `--help` and README.md say it.
+    pub const MEANINGS: [(&str, &str); 8] = [
+        ("0", "success"),
+        ("1", "a comparison was beyond its tolerance, verification failed, or plans differ"),
+        ("2", "the command line was wrong"),
+        ("3", "the model, plan or input is invalid or not supported, or there is too little memory for it"),
+        (
+            "4",
+            "a file could not be read or written, a full disk and `ulimit -f` included; an older file at that place is untouched",
+        ),
+        ("5", "a driver, a library or a GPU is missing, or does not fit the plan"),
+        ("70", "internal error: our bug"),
+        ("128 + n", "signal n ended it: SIGHUP (1), SIGINT (2), SIGTERM (15) or SIGXCPU (24)"),
+    ];
+}
+
 /// A command that failed. The message says what, where, and what to do next.
 #[derive(Debug)]
 pub struct Failure {

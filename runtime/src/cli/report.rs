@@ -4,18 +4,18 @@ use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
 use comfy_table::{CellAlignment, Table};
 use planfile::frozen::FrozenSummary;
 use planfile::summary::{DeviceMemory, EntrySummary, PortSummary, Summary};
+use planfile::text::count;
 
 /// What a plan is and needs: signature, mesh, memory per device, steps, predicted time.
 pub fn summary_text(summary: &Summary) -> String {
     let mesh: Vec<String> = summary.mesh.iter().map(|axis| format!("{}={}", axis.name, axis.size)).collect();
     let mesh = if mesh.is_empty() { "one device".to_owned() } else { mesh.join(",") };
     let mut text = format!(
-        "{} for {} ({}), {} device{}: {mesh}\n",
+        "{} for {} ({}), {}: {mesh}\n",
         summary.model,
         summary.target,
         summary.architecture,
-        summary.ranks,
-        if summary.ranks == 1 { "" } else { "s" },
+        count(u64::from(summary.ranks), "device"),
     );
     for entry in &summary.entries {
         text.push_str(&signature(entry));

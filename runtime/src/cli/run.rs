@@ -11,16 +11,19 @@ use cpu::CpuError;
 use planfile::frozen::FrozenSummary;
 use planfile::plan::PlanEntry;
 use planfile::printable::printable;
+use planfile::text::count;
 use planfile::{PlanFile, Tensor};
 use serde::Serialize;
 
+use super::comparison::{ComparisonReport, ToleranceFlags, ToleranceReport};
 use super::exit::{Exit, Failure, warn};
 use super::progress::bytes_bar;
 use super::report::time_text;
-use crate::compare::{Tolerance, compare, to_f64s};
+use crate::compare::{Tolerance, to_f64s};
 use crate::cuda::OtherVersion;
 use crate::error::{RuntimeError, StepError};
 use crate::npz::{read_npz, write_npz};
+use crate::rounding::Rounding;
 use crate::session::MAX_THREADS;
 use crate::tensor_file::TestData;
 use crate::{Devices, Session, random_inputs};
@@ -30,28 +33,6 @@ const RANDOM_SEED: u64 = 0;
 /// What a run on random inputs says of an index that is out of range.
 const RANDOM_INDICES: &str = "; the inputs were random, integers 0 or 1, which not every model takes as indices: give \
                               it inputs of its own with --inputs or --test-data";
-
-/// Limits of a comparison.
-#[derive(Clone, Copy, Debug, clap::Args)]
-pub struct ToleranceFlags {
-    /// Elements may differ by this share of the expected value, plus --atol
-    #[arg(long, value_name = "X", default_value = "1e-3", value_parser = not_negative, allow_negative_numbers = true)]
-    pub rtol: f64,
-    /// Elements may differ by this much, plus --rtol's share
-    #[arg(long, value_name = "X", default_value = "1e-5", value_parser = not_negative, allow_negative_numbers = true)]
-    pub atol: f64,
-}
-
-impl From<ToleranceFlags> for Tolerance {
-    fn from(flags: ToleranceFlags) -> Self {
-        Self { relative: flags.rtol, absolute: flags.atol }
-    }
-}
-
-fn not_negative(text: &str) -> Result<f64, String> {
-    let value: f64 = text.parse().map_err(|_| "not a number".to_owned())?;
-    if value >= 0.0 && value.is_finite() { Ok(value) } else { Err("must be a number from 0 up".to_owned()) }
-}
 
 fn threads(text: &str) -> Result<NonZero<usize>, String> {
     let number = text.parse().ok().filter(|number: &NonZero<usize>| number.get() <= MAX_THREADS);
@@ -94,6 +75,8 @@ pub struct RunReport {
     /// Inputs that were not given and have a value of the plan's own.
     pub frozen: Vec<FrozenSummary>,
     pub seconds: f64,
+    /// What outputs may be off their references, where there are any.
+    pub tolerance: Option<ToleranceReport>,
     pub outputs: Vec<OutputReport>,
 }
 
@@ -106,18 +89,6 @@ pub struct OutputReport {
     pub mean: f64,
     pub max: f64,
     pub comparison: Option<ComparisonReport>,
-}
-
-/// Distance of an output from its reference.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct ComparisonReport {
-    pub passed: bool,
-    pub max_error: f64,
-    /// Over the largest reference value.
-    pub max_relative_error: f64,
-    pub beyond: u64,
-    /// Why nothing was compared, or the worst element.
-    pub remark: String,
 }
 
 /// The named entry, or the only one.
@@ -144,7 +115,7 @@ pub fn run(
     entry: Option<&str>,
     data: Data<'_>,
     save: Option<&Path>,
-    tolerance: Tolerance,
+    tolerance: ToleranceFlags,
     flags: &DeviceFlags,
 ) -> Result<RunReport, Failure> {
     let (session, devices) = load(file, flags)?;
@@ -164,12 +135,14 @@ pub fn run(
     if let Some(path) = save {
         write_npz(path, outputs.iter().map(|(name, tensor)| (name.as_str(), tensor)))?;
     }
+    let tolerance = tolerance.of(Rounding::of(session.plan(), entry));
     let report = |(position, (name, tensor)): (usize, &(String, Tensor))| {
         output_report(name, tensor, references.get(position), tolerance)
     };
     let outputs = outputs.iter().enumerate().map(report).collect();
     let devices = devices.to_string();
-    Ok(RunReport { entry: entry.name.clone(), devices, inputs: kind, frozen, seconds, outputs })
+    let tolerance = (!references.is_empty()).then(|| tolerance.into());
+    Ok(RunReport { entry: entry.name.clone(), devices, inputs: kind, frozen, seconds, tolerance, outputs })
 }
 
 /// Loads a plan, with a progress bar, and says where.
@@ -233,7 +206,8 @@ fn by_name(entry: &PlanEntry, data: &TestData) -> Result<BTreeMap<String, Tensor
         // References are optional.
         if given != expected && !(kind == "output" && given == 0) {
             let message = format!(
-                "the test data has {given} {kind}s, entry `{}` has {expected}; give one {kind}_N.pb for each",
+                "the test data has {}, entry `{}` has {expected}; give one {kind}_N.pb for each",
+                count(given as u64, kind),
                 entry.name
             );
             return Err(Failure::new(Exit::Invalid, message));
@@ -250,33 +224,9 @@ fn output_report(name: &str, tensor: &Tensor, reference: Option<&Tensor>, tolera
         values.split_first().map_or(f64::NAN, |(&first, rest)| rest.iter().fold(first, over))
     };
     let mean = values.iter().sum::<f64>() / values.len() as f64;
-    let comparison = reference.map(|reference| match compare(tensor, reference, tolerance) {
-        Ok(comparison) => ComparisonReport {
-            passed: comparison.passes(),
-            max_error: comparison.max_error,
-            max_relative_error: comparison.max_relative_error,
-            beyond: comparison.beyond,
-            remark: comparison.worst.map_or_else(String::new, |worst| {
-                format!("element {}: {} for {}", worst.position, short(worst.actual), short(worst.expected))
-            }),
-        },
-        Err(remark) => ComparisonReport {
-            passed: false,
-            max_error: f64::INFINITY,
-            max_relative_error: f64::INFINITY,
-            beyond: values.len() as u64,
-            remark,
-        },
-    });
+    let comparison = reference.map(|reference| ComparisonReport::of(tensor, reference, tolerance));
     let (min, max) = (pick(f64::min), pick(f64::max));
     OutputReport { name: name.to_owned(), ty: tensor.ty.to_string(), min, mean, max, comparison }
-}
-
-/// Seven digits, as many as an `f32` has.
-fn short(value: f64) -> String {
-    let digits = 6 - value.abs().max(1.0).log10().clamp(0.0, 6.0) as usize;
-    let text = format!("{value:.digits$}");
-    if value.fract() == 0.0 || !value.is_finite() { value.to_string() } else { text }
 }
 
 impl RunReport {
@@ -316,15 +266,24 @@ impl RunReport {
             _ => " but for those that are frozen",
         };
         let frozen: String = self.frozen.iter().map(|frozen| format!("frozen {}\n", frozen.text())).collect();
-        format!("ran `{}` on {devices} with {} inputs{but} in {time}\n{frozen}{table}\n", self.entry, self.inputs)
+        let (entry, inputs) = (&self.entry, self.inputs);
+        let mut text = format!("ran `{entry}` on {devices} with {inputs} inputs{but} in {time}\n{frozen}{table}\n");
+        text.extend(self.tolerance.as_ref().map(ToleranceReport::text));
+        for output in &self.outputs {
+            let failure = output.comparison.as_ref().map(|comparison| comparison.failure_text(&output.name));
+            text.push_str(&failure.unwrap_or_default());
+        }
+        text
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::compare::Elements;
 
-    const TOLERANCE: Tolerance = Tolerance { relative: 0.0, absolute: 0.1 };
+    const TOLERANCE: Tolerance =
+        Tolerance { rounding: Rounding::NONE, elements: Some(Elements { relative: 0.0, absolute: 0.1 }) };
 
     fn vector(elements: &[f32]) -> Tensor {
         Tensor::from_elements(&[elements.len() as u64], elements).unwrap()
@@ -339,6 +298,7 @@ mod tests {
             inputs: "random",
             frozen: vec![],
             seconds: 0.5,
+            tolerance: None,
             outputs: vec![output],
         }
     }
@@ -382,12 +342,6 @@ mod tests {
             assert_eq!(told(Data::Npz(Path::new("x.npz")), source), "");
         }
         assert_eq!(told(Data::Random, StepError::Memory { bytes: 1 }), "");
-    }
-
-    #[test]
-    fn elements_have_seven_digits() {
-        let numbers = [1.016_261_577_606_201_2, -4_096.123_456, 3.0, f64::INFINITY];
-        assert_eq!(numbers.map(short), ["1.016262", "-4096.123", "3", "inf"]);
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::ptr;
 use std::sync::atomic::{AtomicPtr, Ordering};
 
 use cudarc::nccl::sys::{ncclDataType_t, ncclRedOp_t};
+use planfile::attributes::combine_name;
 use planfile::{Combine, DType};
 
 use super::driver::{Address, Raw, Stream};
@@ -107,7 +108,7 @@ fn number_type(dtype: DType) -> Option<ncclDataType_t> {
 fn reduction(dtype: DType, combine: Combine) -> Result<(u32, u32), CudaError> {
     let refused = || CudaError::Refused {
         library: LibraryName::Nccl,
-        what: format!("combining {dtype} by {combine:?}"),
+        what: format!("combining {dtype} by {}", combine_name(combine)),
         next: "convert to another element type, or shard the model otherwise with --mesh",
     };
     let operation = match combine {

@@ -1,12 +1,12 @@
 //! Attributes as they are written, before an operation takes them: `{key value…, key value…}`.
 
+use planfile::attributes::COMBINES;
 use planfile::op::{Groups, Window};
 use planfile::{Combine, DType, RankScalar, Real};
 
 use super::cursor::{Cursor, Mark, integer};
 use super::lexer::Kind;
 use super::scalar::read_real;
-use super::types::COMBINES;
 use crate::error::IrError;
 
 #[derive(Clone, Debug, PartialEq, Eq)]

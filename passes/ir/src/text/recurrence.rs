@@ -1,38 +1,13 @@
 //! Attributes of recurrent layers: `{lstm, lengths, forward [sigmoid($0), tanh($0), tanh($0)]}`.
 
 use planfile::Op;
-use planfile::op::Cell;
+use planfile::attributes::{CELLS, DIRECTIONS};
 
 use super::bag::missing;
 use super::cursor::{Cursor, Mark};
 use super::expr;
-use super::op::{lookup, named};
+use super::op::lookup;
 use crate::error::IrError;
-
-const CELLS: [(Cell, &str); 5] = [
-    (Cell::Rnn, "rnn"),
-    (Cell::Gru { resets_late: false }, "gru"),
-    (Cell::Gru { resets_late: true }, "gru_resets_late"),
-    (Cell::Lstm { coupled: false }, "lstm"),
-    (Cell::Lstm { coupled: true }, "lstm_coupled"),
-];
-
-const DIRECTIONS: [(bool, &str); 2] = [(false, "forward"), (true, "reverse")];
-
-/// What is written of it: the cell, flags, and the functions of each direction.
-pub(super) fn items(op: &Op) -> Vec<String> {
-    let Op::Recurrence { cell, reverse, functions, bias, peepholes, lengths } = op else { return Vec::new() };
-    let mut items = vec![named(&CELLS, cell).to_owned()];
-    for (name, set) in [("bias", bias), ("peepholes", peepholes), ("lengths", lengths)] {
-        items.extend(set.then(|| name.to_owned()));
-    }
-    let mut functions = functions.iter().map(expr::print);
-    for backwards in reverse {
-        let own: Vec<String> = functions.by_ref().take(cell.functions()).collect();
-        items.push(format!("{} [{}]", named(&DIRECTIONS, backwards), own.join(", ")));
-    }
-    items
-}
 
 /// The attributes at the cursor.
 ///

@@ -55,10 +55,6 @@ pub(super) fn number(scalar_: Scalar) -> String {
     if !text.contains("NaN") && scalar(scalar_.dtype, &text) == Some(scalar_) { text } else { format!("{bits:#x}") }
 }
 
-pub(super) fn real(value: Real) -> String {
-    number(Scalar { dtype: DType::F64, bits: value.0.to_bits() })
-}
-
 pub(super) fn read_real(text: &str) -> Option<Real> {
     scalar(DType::F64, text).map(|scalar| Real(f64::from_bits(scalar.bits)))
 }

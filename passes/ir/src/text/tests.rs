@@ -33,6 +33,18 @@ proptest! {
         }
     }
 
+    /// Names of Rust's types and variants begin with a capital letter; no attribute does.
+    #[test]
+    fn printed_plans_have_no_debug_text(numbers in proptest::collection::vec(any::<u32>(), 0..120)) {
+        for kind in sample::kinds() {
+            let graph = sample::single(&mut Choices::new(&numbers), kind);
+            for node in &graph.nodes {
+                let text = planfile::text::operation(&node.op);
+                prop_assert!(!text.contains(|c: char| c.is_ascii_uppercase()), "{}", text);
+            }
+        }
+    }
+
     #[test]
     fn garbage_is_an_error_or_a_module(text in "\\PC*") {
         let _ = parse(&text);

@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 
+use planfile::attributes::{COMBINES, combine_name};
 use planfile::{Combine, DType, Dim, ExtentId, TensorType};
 
 use super::cursor::Cursor;
@@ -13,18 +14,6 @@ use crate::module::Shard;
 
 /// Sub-axes that a set of them can name.
 pub(super) const MAX_SUB_AXES: usize = 32;
-
-pub(super) const COMBINES: [(Combine, &str); 4] =
-    [(Combine::Sum, "sum"), (Combine::Prod, "prod"), (Combine::Max, "max"), (Combine::Min, "min")];
-
-pub(super) fn combine_name(combine: Combine) -> &'static str {
-    match combine {
-        Combine::Sum => "sum",
-        Combine::Prod => "prod",
-        Combine::Max => "max",
-        Combine::Min => "min",
-    }
-}
 
 pub(super) fn combine_of(word: &str) -> Option<Combine> {
     COMBINES.iter().find(|(_, name)| *name == word).map(|(combine, _)| *combine)

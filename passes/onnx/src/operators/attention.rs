@@ -4,6 +4,7 @@ mod sight;
 
 use ir::ValueId;
 use planfile::op::{Causal, Combine, ReduceKind};
+use planfile::text::count;
 use planfile::{Binary, Compare, DType, Expr, Op, Real, Scalar, Unary};
 
 use super::quantization::element_type;
@@ -67,7 +68,7 @@ fn split_heads(ctx: &mut Context<'_>, x: ValueId, heads: &str) -> Result<ValueId
         &[batch, length, features] => {
             let heads = u64::try_from(ctx.required_int(heads)?).unwrap_or(0);
             if heads == 0 || !features.is_multiple_of(heads) {
-                return Err(ctx.invalid(&format!("{heads} heads do not divide {}", ctx.ty(x))));
+                return Err(ctx.invalid(&format!("{} cannot be divided by {}", ctx.ty(x), count(heads, "head"))));
             }
             let split = ctx.reshape(x, &[batch, length, heads, features / heads])?;
             ctx.transpose(split, &[0, 2, 1, 3])
@@ -120,7 +121,7 @@ impl Scores {
         let &[batch, heads, queries, features] = sizes else { return Err(ctx.invalid("queries need 4 dimensions")) };
         let (groups, keys) = (k_sizes[1], k_sizes[2]);
         if groups == 0 || !heads.is_multiple_of(groups) {
-            return Err(ctx.invalid(&format!("{groups} key heads do not divide {heads} query heads")));
+            return Err(ctx.invalid(&format!("{heads} query heads for {}", count(groups, "key head"))));
         }
         let q = ctx.reshape(q, &[batch, groups, heads / groups, queries, features])?;
         let contract = vec![(4, 3)];

@@ -7,6 +7,7 @@ use serde::Serialize;
 use similar::{Algorithm, ChangeTag, DiffOp, capture_diff_slices};
 
 use crate::plan::{Action, Place, Plan, Program, Step};
+use crate::text;
 
 /// What differs between the programs of one entry and stage.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -127,7 +128,7 @@ fn described<'a>((plan, program): (&Plan, Option<&'a Program>)) -> Vec<(String, 
             Action::Launch { kernel: number, .. } | Action::Library { kernel: number, .. } => kernel(*number),
             Action::Collective { op, .. } => op.name().to_owned(),
             Action::Copy { .. } => "copy".to_owned(),
-            Action::Persistent { tasks, .. } => format!("persistent of {} tasks", tasks.len()),
+            Action::Persistent { tasks, .. } => format!("persistent of {}", text::count(tasks.len() as u64, "task")),
         };
         let (reads, writes) = step.action.places();
         let places = if writes.is_empty() { reads } else { writes };
@@ -199,10 +200,12 @@ impl ProgramDiff {
             let _ = writeln!(out, "  {sign} #{first} {step}{times}");
         }
         if lines.len() > SHOWN {
-            let _ = writeln!(out, "  and {} lines more; --json has all", lines.len() - SHOWN);
+            let more = text::count((lines.len() - SHOWN) as u64, "line");
+            let _ = writeln!(out, "  and {more} more; --json has all");
         }
         for (what, count) in details {
-            let _ = writeln!(out, "  other {what}: {count} of the same steps");
+            let steps = if *count == 1 { "step that does" } else { "steps that do" };
+            let _ = writeln!(out, "  other {what}: {count} {steps} the same");
         }
         out
     }

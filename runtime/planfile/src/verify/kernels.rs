@@ -58,7 +58,7 @@ fn check_implementation(plan: &Plan, kernel: &Kernel) -> Result<(), String> {
                 (Library::CublasLt, Call::Matmul(_)) | (Library::Cudnn, Call::Convolution(_))
             );
             if !has_it {
-                return Err(format!("{library:?} has no such call"));
+                return Err(format!("{library} has no such call"));
             }
             call.check(&kernel.spec.inputs, &kernel.spec.result_types()?)
         }
