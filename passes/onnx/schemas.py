@@ -5,8 +5,8 @@
     passes/onnx/schemas.py --check    say whether it is as it would be written
 
 The table is committed and reviewed: a new version of the package `onnx` shows as a difference of lines, one to a version
-of an operator. Needs Python 3.9 or newer; makes a virtual environment for a moment when this interpreter does not have
-the package in the version named here.
+of an operator. Needs Python 3.9 or newer. Runs where the package is in the version named here: in this interpreter, in
+fixtures/.venv, or else in a virtual environment made for the moment, which needs the network.
 """
 
 import argparse
@@ -21,7 +21,9 @@ import venv
 from typing import Iterable, List
 
 ONNX = "1.23.2"
-TABLE = pathlib.Path(__file__).resolve().parent / "src" / "schema" / "operators.txt"
+HERE = pathlib.Path(__file__).resolve().parent
+TABLE = HERE / "src" / "schema" / "operators.txt"
+FIXTURES_VENV = HERE.parent.parent / "fixtures" / ".venv"
 
 HEADER = """\
 # What ONNX says of each version of each operator. Written by passes/onnx/schemas.py from the schemas of
@@ -160,11 +162,20 @@ def has_onnx() -> bool:
         return False
 
 
-def in_own_environment() -> int:
+def python_of(folder: pathlib.Path) -> str:
+    """The interpreter of a virtual environment."""
+    return str(folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
+
+
+def in_another_environment() -> int:
     """Runs this script again where the package is."""
+    python = python_of(FIXTURES_VENV)
+    probe = f"import importlib.metadata as m; raise SystemExit(m.version('onnx') != '{ONNX}')"
+    if os.path.exists(python) and subprocess.run([python, "-c", probe], capture_output=True, check=False).returncode == 0:
+        return subprocess.run([python, __file__, *sys.argv[1:]], check=False).returncode
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=True)
-        python = str(pathlib.Path(folder) / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
+        python = python_of(pathlib.Path(folder))
         install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", f"onnx=={ONNX}"]
         if subprocess.run(install, check=False).returncode != 0:
             sys.exit(f"error: pip could not install onnx {ONNX}; is the network reachable?")
@@ -176,7 +187,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
     arguments = parser.parse_args()
     if not has_onnx():
-        sys.exit(in_own_environment())
+        sys.exit(in_another_environment())
     text = table()
     if arguments.check:
         if TABLE.read_text(encoding="utf-8") != text:

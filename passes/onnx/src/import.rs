@@ -190,19 +190,22 @@ impl<'m> Import<'m> {
         }
         let types: Vec<Option<DType>> =
             operands.iter().map(|operand| operand.map(|value| builder.graph.ty(value).dtype)).collect();
-        if !self.conforms(node, schema::check::types(node, &types, &[])) {
-            return None;
-        }
         if is_branch(node) {
-            return self.branch(builder, node, operands);
+            let fits = self.conforms(node, schema::check::types(node, &types, &[]));
+            return if fits { self.branch(builder, node, operands) } else { None };
         }
         let lower: Lower = operators::find(&node.domain, &node.op_type, node.opset)
             .map_err(|hint| self.fail(node, OpError::Unsupported { hint }))
             .ok()?;
         let mut context = Context::new(builder, self.files, node, operands);
-        let results = lower(&mut context).map_err(|error| self.fail(node, error)).ok()?;
-        let outputs: Vec<Option<DType>> = results.iter().map(|&value| Some(builder.graph.ty(value).dtype)).collect();
-        self.conforms(node, schema::check::types(node, &types, &outputs)).then_some(results)
+        let results = lower(&mut context);
+        let of = |value: &ValueId| Some(builder.graph.ty(*value).dtype);
+        let outputs: Vec<Option<DType>> = results.iter().flatten().map(of).collect();
+        // Types that ONNX forbids are the reason, whatever else does not fit on account of them.
+        if !self.conforms(node, schema::check::types(node, &types, &outputs)) {
+            return None;
+        }
+        results.map_err(|error| self.fail(node, error)).ok()
     }
 
     /// Whether nothing was found; reports what was.

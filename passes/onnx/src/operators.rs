@@ -33,6 +33,9 @@ mod sorting;
 mod spectral;
 mod streaming;
 
+use std::collections::HashMap;
+use std::sync::LazyLock;
+
 use ir::ValueId;
 
 use crate::context::{Context, OpError};
@@ -96,9 +99,7 @@ const DOMAINS: &[(&str, &[&[Operator]])] = &[("", FAMILIES)];
 /// # Errors
 /// What to tell the user when there is none.
 pub(crate) fn find(domain: &str, name: &str, opset: i64) -> Result<Lower, String> {
-    let families = DOMAINS.iter().filter(|(known, _)| *known == domain).flat_map(|(_, families)| families.iter());
-    let rows: Vec<Operator> =
-        families.flat_map(|family| family.iter()).filter(|row| row.name == name).copied().collect();
+    let rows = named(domain, name);
     if let Some(row) = rows.iter().filter(|row| row.since <= opset).max_by_key(|row| row.since) {
         return Ok(row.lower);
     }
@@ -110,13 +111,22 @@ pub(crate) fn find(domain: &str, name: &str, opset: i64) -> Result<Lower, String
 
 /// First version of the row in force at `opset`.
 pub(crate) fn since(domain: &str, name: &str, opset: i64) -> Option<i64> {
-    rows(domain).filter(|row| row.name == name && row.since <= opset).map(|row| row.since).max()
+    named(domain, name).iter().map(|row| row.since).filter(|&since| since <= opset).max()
 }
 
-/// The rows of a domain, in the order of its families.
-pub(crate) fn rows(domain: &str) -> impl Iterator<Item = &'static Operator> {
-    let families = DOMAINS.iter().filter(move |(known, _)| *known == domain).flat_map(|(_, families)| families.iter());
-    families.flat_map(|family| family.iter())
+/// The rows of each operator, by domain and name: every node of a model asks for its own.
+static ROWS: LazyLock<HashMap<&str, HashMap<&str, Vec<Operator>>>> = LazyLock::new(|| {
+    let mut rows: HashMap<&str, HashMap<&str, Vec<Operator>>> = HashMap::new();
+    for (domain, families) in DOMAINS {
+        for row in families.iter().copied().flatten() {
+            rows.entry(domain).or_default().entry(row.name).or_default().push(*row);
+        }
+    }
+    rows
+});
+
+fn named(domain: &str, name: &str) -> &'static [Operator] {
+    ROWS.get(domain).and_then(|rows| rows.get(name)).map(Vec::as_slice).unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -144,7 +154,7 @@ mod tests {
 
     #[test]
     fn every_row_is_an_operator_of_onnx() {
-        for row in rows("") {
+        for row in FAMILIES.iter().copied().flatten() {
             let schema = crate::schema::find("", row.name, row.since);
             let schema = schema.unwrap_or_else(|| panic!("{} {} is not in schema/operators.txt", row.name, row.since));
             assert!(!schema.is_deprecated || schema.since == row.since, "{} {} is deprecated", row.name, row.since);
@@ -154,7 +164,9 @@ mod tests {
     #[test]
     fn an_attribute_that_an_operator_does_not_have_is_refused_by_name() {
         let mut count = 0;
-        for (row, opset) in rows("").flat_map(|row| opsets(row).into_iter().map(move |opset| (row, opset))) {
+        for (row, opset) in
+            FAMILIES.iter().copied().flatten().flat_map(|row| opsets(row).into_iter().map(move |opset| (row, opset)))
+        {
             let text = Case::new(row.name, opset).int("invented", 1).error();
             let expected = format!("`/{name}`: {name} (opset {opset}): ", name = row.name);
             assert!(text.contains(&expected), "{text}");
