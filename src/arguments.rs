@@ -51,7 +51,8 @@ pub(crate) struct Arguments {
     /// Binds every dimension of an input; may be repeated
     #[arg(long = "shape", value_name = "INPUT=1,3,224,224", value_parser = shape)]
     pub(crate) shapes: Vec<(String, Vec<u64>)>,
-    /// Binds dimensions, and inputs that carry shapes, from input_0.pb, … of an ONNX test-data folder
+    /// Binds dimensions from input_0.pb, … of an ONNX test-data folder, and freezes inputs on whose values shapes or
+    /// branches depend
     #[arg(long, value_name = "DIR")]
     pub(crate) like: Option<PathBuf>,
     /// Noise of that seed in place of weights whose file is absent
@@ -75,7 +76,8 @@ pub(crate) struct Arguments {
     /// Ends after a pass and shows the module; no plan is written
     #[arg(long, value_name = "PASS", conflicts_with_all = ["json", "run", "output"])]
     pub(crate) stop_after: Option<String>,
-    /// Lists every operator of the model with its status, and ends; with bound dimensions, attributes count too
+    /// Lists every operator of the model with its status, and why not, and ends; what open dimensions decide is unknown.
+    /// With a GPU as target, also what no kernel takes
     #[arg(long, conflicts_with_all = ["run", "output", "print_after", "stop_after"])]
     pub(crate) check_support: bool,
     /// Runs the plan on the devices that it is for; with the data of --test-data or --like, else with random inputs

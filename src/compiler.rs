@@ -7,9 +7,10 @@ use cpu::recipe::{WeightBytes, WeightReadError};
 use ir::Module;
 use onnx::load::{LoadOptions, Model, load};
 use onnx::source_files::{FileIndex, WeightFiles};
-use onnx::{Bindings, OnnxError, OperatorSupport};
+use onnx::{Bindings, OnnxError, Status, SupportReport};
 use passes::compile::{Outcome, Warning};
 use passes::error::PassError;
+use passes::lower;
 use passes::pipeline::{Options, Settings};
 use passes::shard::{MeshChoice, SPLIT_TABLE_BYTES, ShardOptions};
 use planfile::fingerprint::{self, Fingerprint};
@@ -90,17 +91,7 @@ impl Request {
         let module = onnx::import(&model, &bindings, &files)?;
         observer("import", &module);
         let weights = Weights { files };
-        let settings = Settings {
-            weights: &weights,
-            options: self.options.clone(),
-            shard: ShardOptions {
-                mesh: self.mesh.clone(),
-                split_table_bytes: self.split_table_bytes,
-                batch_dim: self.batch_dim,
-            },
-            target: &self.target,
-        };
-        let outcome = passes::compile::run(module, &settings, &NvrtcAssembler, observer)?;
+        let outcome = passes::compile::run(module, &self.settings(&weights), &NvrtcAssembler, observer)?;
         let Some(Outcome { mut plan, warnings: mesh_warnings }) = outcome else { return Ok(None) };
         plan.manifest.fingerprint = weights.fingerprint()?;
         let mut warnings = Vec::new();
@@ -111,19 +102,34 @@ impl Request {
         Ok(Some(Compiled { plan, warnings, mesh_warnings, weights }))
     }
 
-    /// Every operator of the model with its status. Attributes and shapes count only where dimensions are bound; else
-    /// the second result is the error that says what is not.
+    /// Every operator of the model with its status, and why; where all can be imported and the target is a GPU, also
+    /// which nodes no kernel takes.
     ///
     /// # Errors
-    /// A model that cannot be loaded or, where its dimensions are bound, not be imported for another reason than lack of
-    /// support; bindings that do not fit it.
-    pub fn support(&self) -> Result<(Vec<OperatorSupport>, Option<OnnxError>), CompileError> {
+    /// A model that cannot be loaded, bindings that do not fit it, what passes report.
+    pub fn support(&self) -> Result<SupportReport, CompileError> {
         let model = load(&self.model, &self.load)?;
         let files = WeightFiles::open(&model.files)?;
-        match onnx::support_bound(&model, &self.bind(&model)?, &files) {
-            Ok(operators) => Ok((operators, None)),
-            Err(error @ OnnxError::UnboundDims(_)) => Ok((onnx::support(&model), Some(error))),
-            Err(error) => Err(error.into()),
+        let bindings = self.bind(&model)?;
+        let mut report = onnx::support(&model, &bindings, &files)?;
+        if report.status() == Status::Supported && self.target.device.architecture != lower::CPU {
+            let module = onnx::import(&model, &bindings, &files)?;
+            let missing = passes::compile::without_kernels(module, &self.settings(&Weights { files }))?;
+            report.refuse(&model, &missing);
+        }
+        Ok(report)
+    }
+
+    fn settings<'a>(&'a self, weights: &'a Weights) -> Settings<'a> {
+        Settings {
+            weights,
+            options: self.options.clone(),
+            shard: ShardOptions {
+                mesh: self.mesh.clone(),
+                split_table_bytes: self.split_table_bytes,
+                batch_dim: self.batch_dim,
+            },
+            target: &self.target,
         }
     }
 

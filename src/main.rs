@@ -148,7 +148,7 @@ fn failure(error: CompileError) -> Failure {
         CompileError::Plan(error) | CompileError::Image(ImageError::Sink(error)) => return written(error),
         CompileError::Model(ref error) => model_exit(error),
         CompileError::Pass(ref error) => match error {
-            PassError::Unsupported { .. } => Exit::Invalid,
+            PassError::Unsupported { .. } | PassError::NoKernels(_) => Exit::Invalid,
             PassError::UnknownPass { .. } => Exit::Usage,
             PassError::Weights { source, .. } => recipe_exit(source),
             PassError::Assemble { .. } => Exit::Machine,

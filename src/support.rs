@@ -2,38 +2,71 @@
 
 use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
 use comfy_table::{CellAlignment, Table};
-use onnx::{OnnxError, OperatorSupport};
+use onnx::support::{Reason, TRIAL_SIZES};
+use onnx::{OperatorSupport, Status, SupportReport};
+use planfile::frozen::FrozenSummary;
 use planwright::compiler::Request;
-use runtime::cli::{Exit, Failure, print, print_json};
+use runtime::cli::{Exit, Failure, frozen_text, print, print_json};
 use serde_json::{Value, json};
 
 use crate::failure;
 
-/// Prints the list; ends with [`Exit::Invalid`] unless all is supported.
+/// Prints the list; ends with [`Exit::Invalid`] where an operator is not supported, or the model contradicts itself. What
+/// is unknown until it is bound does not count.
 pub(crate) fn check(request: &Request, for_programs: bool) -> Result<Exit, Failure> {
-    let (operators, unbound) = request.support().map_err(failure)?;
-    let supported = operators.iter().all(|operator| operator.supported);
-    if for_programs {
-        let operators: Vec<Value> = operators.iter().map(row).collect();
-        let report = json!({
-            "model": request.model.to_string_lossy(), "supported": supported, "attributes_checked": unbound.is_none(),
-            "operators": operators,
-        });
-        print_json(&report)
-    } else {
-        print(&table(&operators, unbound.as_ref()))
+    let report = request.support().map_err(failure)?;
+    match for_programs {
+        true => print_json(&value(request, &report)),
+        false => print(&text(&report)),
     }?;
-    Ok(if supported { Exit::Success } else { Exit::Invalid })
-}
-
-fn row(operator: &OperatorSupport) -> Value {
-    let OperatorSupport { domain, op, opset, count, supported, reason } = operator;
-    json!({
-        "domain": domain, "op": op, "opset": opset, "count": count, "supported": supported, "reason": reason,
+    Ok(match report.status() {
+        Status::Supported | Status::Unknown => Exit::Success,
+        Status::Invalid | Status::Unsupported => Exit::Invalid,
     })
 }
 
-fn table(operators: &[OperatorSupport], unbound: Option<&OnnxError>) -> String {
+fn value(request: &Request, report: &SupportReport) -> Value {
+    let supported = match report.status() {
+        Status::Supported => Some(true),
+        Status::Unknown => None,
+        Status::Invalid | Status::Unsupported => Some(false),
+    };
+    let unbound = report.unbound.iter();
+    let unbound =
+        unbound.map(|dim| json!({"input": dim.input, "axis": dim.axis, "name": dim.name, "flag": dim.flag()}));
+    json!({
+        "model": request.model.to_string_lossy(),
+        "supported": supported,
+        "operators": report.operators.iter().map(row).collect::<Vec<_>>(),
+        "unbound": unbound.collect::<Vec<_>>(),
+        "frozen": frozen(report),
+        "advice": report.advice,
+    })
+}
+
+fn row(operator: &OperatorSupport) -> Value {
+    let OperatorSupport { domain, op, opset, count, status, reasons } = operator;
+    let reason = |Reason { text, node, nodes }: &Reason| json!({"reason": text, "node": node, "nodes": nodes});
+    json!({
+        "domain": domain, "op": op, "opset": opset, "count": count, "status": name(*status),
+        "reasons": reasons.iter().map(reason).collect::<Vec<_>>(),
+    })
+}
+
+fn name(status: Status) -> &'static str {
+    match status {
+        Status::Supported => "supported",
+        Status::Unknown => "unknown",
+        Status::Invalid => "invalid",
+        Status::Unsupported => "not supported",
+    }
+}
+
+fn frozen(report: &SupportReport) -> Vec<FrozenSummary> {
+    report.frozen.iter().map(FrozenSummary::from).collect()
+}
+
+fn text(report: &SupportReport) -> String {
     let mut table = Table::new();
     table.load_style(UTF8_HORIZONTAL_ONLY);
     table.set_header(vec!["operator", "opset", "nodes", "status"]);
@@ -42,17 +75,59 @@ fn table(operators: &[OperatorSupport], unbound: Option<&OnnxError>) -> String {
             column.set_cell_alignment(CellAlignment::Right);
         }
     }
-    for OperatorSupport { domain, op, opset, count, reason, .. } in operators {
+    for operator in &report.operators {
+        let OperatorSupport { domain, op, opset, count, .. } = operator;
         let name = if domain.is_empty() { op.clone() } else { format!("{domain}.{op}") };
-        let status =
-            reason.as_ref().map_or_else(|| "supported".to_owned(), |reason| format!("NOT SUPPORTED: {reason}"));
-        table.add_row(vec![name, opset.to_string(), count.to_string(), status]);
+        table.add_row(vec![name, opset.to_string(), count.to_string(), status_text(operator)]);
     }
-    let missing = operators.iter().filter(|operator| !operator.supported).count();
-    let verdict = match missing {
-        0 => format!("all {} operators are supported", operators.len()),
-        _ => format!("{missing} of {} operators are not supported", operators.len()),
+    let mut text = format!("{table}\n{}\n", verdict(&report.operators));
+    for advice in &report.advice {
+        text.push_str(&format!("{advice}\n"));
+    }
+    if !report.unbound.is_empty() {
+        let [first, second] = TRIAL_SIZES;
+        text.push_str(&format!(
+            "\nunknown until dimensions are bound ({first} and {second} were tried in their place); bind them, or give sample \
+             inputs with --like DIR\n"
+        ));
+        let line =
+            |dim: &onnx::error::UnboundDim| format!("  {} (input `{}`, axis {})\n", dim.flag(), dim.input, dim.axis);
+        text.extend(report.unbound.iter().map(line));
+    }
+    let frozen = frozen_text(&frozen(report));
+    if !frozen.is_empty() {
+        text.push_str(&format!("\n{}", frozen.trim_start()));
+    }
+    text
+}
+
+/// In capitals what is in the way, a reason a line.
+fn status_text(operator: &OperatorSupport) -> String {
+    let reasons = operator.reason_texts();
+    let (word, alone) = match operator.status {
+        Status::Supported => ("supported", "supported"),
+        Status::Unknown => ("unknown", "unknown until bound"),
+        Status::Invalid => ("INVALID", "INVALID"),
+        Status::Unsupported => ("NOT SUPPORTED", "NOT SUPPORTED"),
     };
-    let open = unbound.map_or_else(String::new, |error| format!("\nattributes and shapes were not checked: {error}\n"));
-    format!("{table}\n{verdict}\n{open}")
+    if reasons.is_empty() { alone.to_owned() } else { format!("{word}: {}", reasons.join("\n")) }
+}
+
+/// How many operators have which status.
+fn verdict(operators: &[OperatorSupport]) -> String {
+    let count = |status| operators.iter().filter(|operator| operator.status == status).count();
+    let counts = [
+        (count(Status::Unsupported), "not supported"),
+        (count(Status::Invalid), "invalid"),
+        (count(Status::Unknown), "unknown"),
+    ];
+    let parts: Vec<String> =
+        counts.iter().filter(|(count, _)| *count > 0).map(|(count, what)| format!("{count} {what}")).collect();
+    let refused = count(Status::Unsupported) + count(Status::Invalid);
+    match (operators.len(), parts.as_slice()) {
+        (1, []) => "the only operator is supported".to_owned(),
+        (all, []) => format!("all {all} operators are supported"),
+        (all, _) if refused == 0 => format!("of {all} operators none is refused; {}", parts.join(", ")),
+        (all, parts) => format!("of {all} operators: {}", parts.join(", ")),
+    }
 }

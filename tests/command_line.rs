@@ -9,6 +9,11 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use onnx::messages::{
+    Dimension, DimensionValue, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto, TensorShapeProto,
+    TypeProto, ValueInfoProto, type_proto,
+};
+use prost::Message as _;
 use tempfile::TempDir;
 
 fn fixture(path: &str) -> PathBuf {
@@ -429,14 +434,13 @@ fn operators_are_listed_with_their_status() {
     let desk = Desk::new();
     let (model, data) = (bert("model.onnx"), bert("test_data_set_0"));
     let out = desk.compile(&[&model, "--check-support"]).succeeds();
-    assert!(out.contains("MatMul") && out.contains("operators are supported"), "{out}");
-    assert!(out.contains("attributes and shapes were not checked") && out.contains("--dim batch=N"), "{out}");
+    assert!(out.contains("MatMul") && out.contains("unknown until bound") && out.contains("--dim batch=N"), "{out}");
     let out = desk.compile(&[&model, "--check-support", "--like", &data, "--json"]).succeeds();
     let report: serde_json::Value = serde_json::from_str(&out).unwrap();
-    assert_eq!((&report["supported"], &report["attributes_checked"]), (&true.into(), &true.into()));
+    assert_eq!((&report["supported"], report["unbound"].as_array().unwrap().len()), (&true.into(), 0));
     let operators = report["operators"].as_array().unwrap();
     let product = operators.iter().find(|row| row["op"] == "MatMul").unwrap();
-    assert!(product["count"].as_u64().unwrap() > 1 && product["reason"].is_null(), "{product}");
+    assert!(product["count"].as_u64().unwrap() > 1 && product["status"] == "supported", "{product}");
     // An operator that nobody has, of the same length as the one it replaces.
     let mut other = model_with_external_weights();
     let at = other.windows(3).position(|bytes| bytes == b"Add").unwrap();
@@ -450,6 +454,97 @@ fn operators_are_listed_with_their_status() {
     desk.compile(&["nothing.onnx", "--check-support"]).fails(4, &["nothing.onnx"]);
     let files = desk.files();
     assert_eq!(files, ["other.onnx", "w.bin"]);
+}
+
+/// From `x: f32[2]` and `n: i64[1]` to `y`, with these nodes.
+fn model_of(nodes: Vec<NodeProto>, opsets: &[(&str, i64)]) -> Vec<u8> {
+    let value = |name: &str, elem_type, size| {
+        let dim = Dimension { value: Some(DimensionValue::DimValue(size)) };
+        let tensor = type_proto::Tensor { elem_type, shape: Some(TensorShapeProto { dim: vec![dim] }) };
+        let r#type = Some(TypeProto { value: Some(type_proto::Value::TensorType(tensor)) });
+        ValueInfoProto { name: name.to_owned(), r#type }
+    };
+    let graph = GraphProto {
+        name: "main".to_owned(),
+        node: nodes,
+        input: vec![value("x", 1, 2), value("n", 7, 1)],
+        output: vec![value("y", 1, 4)],
+        ..GraphProto::default()
+    };
+    let opset = |&(domain, version): &(&str, i64)| OperatorSetIdProto { domain: domain.to_owned(), version };
+    let opset_import = opsets.iter().map(opset).collect();
+    ModelProto { ir_version: Some(8), graph: Some(graph), opset_import, ..ModelProto::default() }.encode_to_vec()
+}
+
+fn node(op: &str, domain: &str, inputs: &[&str], output: &str) -> NodeProto {
+    NodeProto {
+        op_type: op.to_owned(),
+        domain: domain.to_owned(),
+        name: format!("/{op}"),
+        input: inputs.iter().map(|&input| input.to_owned()).collect(),
+        output: vec![output.to_owned()],
+        ..NodeProto::default()
+    }
+}
+
+/// A tensor file.
+fn tensor_file(data_type: i32, size: i64, raw_data: Vec<u8>) -> Vec<u8> {
+    TensorProto { dims: vec![size], data_type, raw_data: Some(raw_data), ..TensorProto::default() }.encode_to_vec()
+}
+
+#[test]
+fn inputs_that_samples_freeze_are_named() {
+    let desk = Desk::new();
+    fs::write(desk.path("m.onnx"), model_of(vec![node("Tile", "", &["x", "n"], "y")], &[("", 17)])).unwrap();
+    fs::create_dir(desk.path("like")).unwrap();
+    let x = [1f32, 2.0].iter().flat_map(|x| x.to_le_bytes()).collect();
+    fs::write(desk.path("like/input_0.pb"), tensor_file(1, 2, x)).unwrap();
+    fs::write(desk.path("like/input_1.pb"), tensor_file(7, 1, 2i64.to_le_bytes().to_vec())).unwrap();
+    desk.compile(&["m.onnx"]).fails(3, &["`/Tile`", "input `n`", "--like DIR"]);
+    let listed = desk.compile(&["m.onnx", "--check-support"]).succeeds();
+    assert!(listed.contains("unknown: a shape or a branch depends on the data in input `n`"), "{listed}");
+    let line = "n: i64[1] = [2], which node `/Tile` needs";
+    let listed = desk.compile(&["m.onnx", "--check-support", "--like", "like"]).succeeds();
+    assert!(listed.contains("frozen inputs") && listed.contains(line), "{listed}");
+    let json = |arguments: &[&str]| -> serde_json::Value {
+        serde_json::from_str(&desk.compile(arguments).succeeds()).unwrap()
+    };
+    let report = json(&["m.onnx", "--check-support", "--like", "like", "--json"]);
+    assert_eq!((&report["frozen"][0]["input"], &report["frozen"][0]["value"]), (&"n".into(), &"[2]".into()));
+    let compiled = desk.compile(&["m.onnx", "--like", "like"]).succeeds();
+    assert!(compiled.contains("frozen inputs") && compiled.contains(line), "{compiled}");
+    let report = json(&["m.onnx", "--like", "like", "--json"]);
+    assert_eq!(report["plan"]["entries"][0]["frozen"][0]["node"], "/Tile");
+}
+
+#[test]
+fn what_is_not_supported_comes_with_what_replaces_it() {
+    let desk = Desk::new();
+    let nodes = vec![
+        node("FastGelu", "com.microsoft", &["x"], "a"),
+        node("Loop", "", &["n", "", "x"], "b"),
+        node("Neg", "", &["x"], "y"),
+    ];
+    fs::write(desk.path("m.onnx"), model_of(nodes, &[("", 17), ("com.microsoft", 1)])).unwrap();
+    let ended = desk.compile(&["m.onnx", "--check-support"]);
+    assert_eq!(ended.code, 3, "{}{}", ended.out, ended.err);
+    for words in ["com.microsoft.FastGelu", "Gelu (opset 20)", "--optimize", "loop around the plan", "2 not supported"]
+    {
+        assert!(ended.out.contains(words), "`{words}` is not in\n{}", ended.out);
+    }
+    let ended = desk.compile(&["m.onnx", "--check-support", "--json"]);
+    let report: serde_json::Value = serde_json::from_str(&ended.out).unwrap();
+    assert_eq!(report["supported"], false);
+    let operators = report["operators"].as_array().unwrap();
+    let gelu = operators.iter().find(|row| row["op"] == "FastGelu").unwrap();
+    assert_eq!((&gelu["status"], &gelu["reasons"][0]["node"]), (&"not supported".into(), &"/FastGelu".into()));
+    // The same words from `compile`, broken into lines.
+    let ended = desk.compile(&["m.onnx"]);
+    let said = ended.err.replace('│', " ").split_whitespace().collect::<Vec<_>>().join(" ");
+    assert_eq!(ended.code, 3, "{said}");
+    for words in ["com.microsoft.FastGelu (opset 1)", "Gelu (opset 20)", "--optimize", "`--check-support` lists"] {
+        assert!(said.contains(words), "`{words}` is not in\n{said}");
+    }
 }
 
 #[test]

@@ -12,6 +12,7 @@ mod convolution;
 mod curve;
 mod epilogue;
 mod generated;
+mod limit;
 mod machine;
 mod norm;
 mod product;
@@ -102,7 +103,9 @@ pub fn select(spec: &Spec, options: &Options) -> Result<(&'static str, Selected)
     found.ok_or_else(|| {
         let names: Vec<&str> = spec.nodes.iter().map(|node| node.op.name()).collect();
         let types: Vec<String> = spec.inputs.iter().map(ToString::to_string).collect();
-        format!("no kernel computes {} of {}", names.join(", "), types.join(", "))
+        let takes = |spec: &Spec| FAMILIES.iter().any(|family| (family.select)(spec, options).is_some());
+        let size = limit::too_large(spec, &takes).map_or_else(String::new, |why| format!(": {why}"));
+        format!("no kernel computes {} of {}{size}", names.join(", "), types.join(", "))
     })
 }
 

@@ -5,10 +5,11 @@ use ir::{Mesh, Module};
 use planfile::plan::{Alternative, Explanations, Plan, PlanAxis};
 use planfile::text::{Duration, count};
 
-use crate::error::PassError;
+use crate::error::{NoKernel, PassError};
 use crate::lower::Assembler;
 use crate::pipeline::{PIPELINE, Settings, advance};
 use crate::regions::Devices;
+use crate::schedule::Scheduled;
 use crate::shard::{self, IdleAxis, MeshChoice};
 use crate::{lower, schedule};
 
@@ -55,6 +56,34 @@ pub fn run(
     assembler: &dyn Assembler,
     observer: &mut dyn FnMut(&str, &Module),
 ) -> Result<Option<Outcome>, PassError> {
+    let Some((scheduled, explanations, warnings)) = scheduled(module, settings, observer)? else { return Ok(None) };
+    let mut plan = lower::run(&scheduled, settings.target, assembler)?;
+    plan.explanations = Explanations { names: plan.explanations.names, ..explanations };
+    Ok(Some(Outcome { plan, warnings }))
+}
+
+/// The model's nodes that no kernel of the target takes, by name, and why.
+///
+/// # Errors
+/// What the passes report.
+pub fn without_kernels(module: Module, settings: &Settings<'_>) -> Result<Vec<(String, String)>, PassError> {
+    match scheduled(module, settings, &mut |_, _| {}) {
+        Ok(_) => Ok(Vec::new()),
+        Err(PassError::NoKernels(missing)) => {
+            let named =
+                |NoKernel { origin, why, .. }: NoKernel| origin.into_iter().map(move |node| (node, why.clone()));
+            Ok(missing.into_iter().flat_map(named).collect())
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// The module with steps and memory, why its mesh was chosen, and what its user should know.
+fn scheduled(
+    module: Module,
+    settings: &Settings<'_>,
+    observer: &mut dyn FnMut(&str, &Module),
+) -> Result<Option<(Scheduled, Explanations, Vec<Warning>)>, PassError> {
     settings.options.check()?;
     verify(&module)?;
     // Meshes are compared once, on the module that is sharded; the plan keeps the comparison.
@@ -97,9 +126,7 @@ pub fn run(
         let allow_tf32 = settings.options.allow_tf32;
         Devices::Cuda(kernels::cuda::Options { architecture: architecture.clone(), allow_tf32 })
     };
-    let mut plan = lower::run(&schedule::run(module, &devices)?, settings.target, assembler)?;
-    plan.explanations = Explanations { names: plan.explanations.names, ..explanations };
-    Ok(Some(Outcome { plan, warnings }))
+    Ok(Some((schedule::run(module, &devices)?, explanations, warnings)))
 }
 
 /// What there is to say about a module that was placed on several devices. `logical`: before that.

@@ -13,6 +13,9 @@ pub enum PassError {
     /// The model needs something that is not there yet.
     #[error("{op} (from `{node}`) is not supported: {hint}")]
     Unsupported { node: String, op: String, hint: String },
+    /// Nodes that no kernel of the target takes: all of them.
+    #[error("{}", no_kernels(.0))]
+    NoKernels(Vec<NoKernel>),
     /// The verifier refused what came in; errors after a pass are [`Self::Invalid`].
     #[error(transparent)]
     Ir(#[from] IrError),
@@ -24,6 +27,22 @@ pub enum PassError {
     /// Kernels were not made machine code: no compiler for it, or it refused.
     #[error("kernels were not compiled: {why}")]
     Assemble { why: String },
+}
+
+/// A node that no kernel of the target takes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NoKernel {
+    /// Names of the model's nodes that it comes from.
+    pub origin: Vec<String>,
+    pub op: String,
+    pub why: String,
+}
+
+fn no_kernels(nodes: &[NoKernel]) -> String {
+    let one = |NoKernel { origin, op, why }: &NoKernel| format!("{op} (from `{}`): {why}", origin.join("`, `"));
+    let lines: Vec<String> = nodes.iter().map(one).collect();
+    let what = if lines.len() == 1 { "a step has no kernel" } else { "steps have no kernel" };
+    format!("{what}:\n  {}\ncompile for `--target cpu`, or change the model", lines.join("\n  "))
 }
 
 impl PassError {

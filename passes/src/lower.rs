@@ -129,7 +129,7 @@ impl Assembler for NoAssembler {
 }
 
 /// The architecture of plans whose kernels are their specifications, executed on the host.
-pub(crate) const CPU: &str = "cpu";
+pub const CPU: &str = "cpu";
 
 fn states(module: &ir::Module) -> Vec<PlanState> {
     let mut offset = 0u64;

@@ -10,7 +10,7 @@ use ir::{Graph, Node, NodeId, ValueDef, ValueId};
 use kernels::cuda::{self, Options, Selected};
 use planfile::{Op, Spec, SpecNode, TensorType};
 
-use crate::error::PassError;
+use crate::error::{NoKernel, PassError};
 
 /// Nodes that are one step.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,7 +40,7 @@ pub fn is_view(node: &Node) -> bool {
 /// The region that ends with each node; none where another takes the node along, or where it is only a view.
 ///
 /// # Errors
-/// [`PassError::Unsupported`] for a region that no kernel takes, [`PassError::Invalid`] where types do not fit.
+/// [`PassError::NoKernels`] for regions that no kernel takes, [`PassError::Invalid`] where types do not fit.
 pub fn regions(graph: &Graph, devices: &Devices) -> Result<Vec<Option<Region>>, PassError> {
     let invalid = |why| PassError::invalid("regions", why);
     let options = match devices {
@@ -48,17 +48,20 @@ pub fn regions(graph: &Graph, devices: &Devices) -> Result<Vec<Option<Region>>, 
         Devices::Cuda(options) => options,
     };
     let mut regions = grown(graph, options).map_err(invalid)?;
+    let mut missing = Vec::new();
     for (node, region) in graph.nodes.iter().zip(&mut regions) {
         let Some(region) = region else { continue };
         let Some(spec) = &region.spec else { continue };
-        let (_, selected) = cuda::select(spec, options).map_err(|why| PassError::Unsupported {
-            node: node.origin.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "),
-            op: node.op.name().to_owned(),
-            hint: format!("{why}; compile for `--target cpu`, or change the model"),
-        })?;
-        region.selected = Some(selected);
+        match cuda::select(spec, options) {
+            Ok((_, selected)) => region.selected = Some(selected),
+            Err(why) => missing.push(NoKernel {
+                origin: node.origin.iter().map(ToString::to_string).collect(),
+                op: node.op.name().to_owned(),
+                why,
+            }),
+        }
     }
-    Ok(regions)
+    if missing.is_empty() { Ok(regions) } else { Err(PassError::NoKernels(missing)) }
 }
 
 /// For each value the nodes that read it, each once; an output has two more readers that are no nodes.
@@ -377,6 +380,20 @@ mod tests {
         let regions = on_cuda(text);
         let nodes: usize = regions.iter().map(|region| region.0.len()).sum();
         assert_eq!((regions.first(), nodes), (Some(&(vec![0, 1, 2], 1)), 5), "{regions:?}");
+    }
+
+    #[test]
+    fn all_nodes_without_a_kernel_are_named_with_the_size_at_fault() {
+        let text = "%x: f32[4294967296]
+             %a: f32[2], %i: i64[2] = top_k %x {k 2, axis 0}
+             %b: f32[3], %j: i64[3] = top_k %x {k 3, axis 0}
+             return %a, %b";
+        let module = ir::text::parse_lines(text).unwrap();
+        let options = Options { architecture: "sm_90a".to_owned(), allow_tf32: false };
+        let error = regions(&module.graphs[0], &Devices::Cuda(options)).unwrap_err();
+        let PassError::NoKernels(missing) = &error else { panic!("{error}") };
+        assert_eq!(missing.iter().map(|node| node.op.as_str()).collect::<Vec<_>>(), ["top_k", "top_k"]);
+        assert!(error.to_string().contains("its 4294967296 elements to choose from are more than the "), "{error}");
     }
 
     #[test]

@@ -44,15 +44,23 @@ pub const ALIGN: u64 = 256;
 /// [`PassError::Unsupported`] where an arena would exceed 2⁶³ bytes; what [`regions`] reports.
 pub fn run(module: Module, devices: &Devices) -> Result<Scheduled, PassError> {
     let mut schedules = Vec::with_capacity(module.graphs.len());
+    let mut missing = Vec::new();
     for graph in &module.graphs {
-        let regions = regions(graph, devices)?;
+        let regions = match regions(graph, devices) {
+            Ok(regions) => regions,
+            Err(PassError::NoKernels(more)) => {
+                missing.extend(more);
+                continue;
+            }
+            Err(error) => return Err(error),
+        };
         schedules.push(schedule(graph, regions).ok_or_else(|| PassError::Unsupported {
             node: module.name.clone(),
             op: "an arena of more than 2^63 bytes".to_owned(),
             hint: "compile for smaller dimensions".to_owned(),
         })?);
     }
-    Ok(Scheduled { module, schedules })
+    if missing.is_empty() { Ok(Scheduled { module, schedules }) } else { Err(PassError::NoKernels(missing)) }
 }
 
 fn schedule(graph: &Graph, regions: Vec<Option<Region>>) -> Option<Schedule> {

@@ -2,6 +2,7 @@
 
 use planfile::DType;
 
+use crate::advice;
 use crate::error::{OnnxError, TensorProblem};
 use crate::flat::{Attribute, Graph, Initializer, Node};
 use crate::messages::{AttributeProto, AttributeType};
@@ -14,7 +15,8 @@ pub(crate) fn attribute_error(node: &str, attribute: &str, problem: &str) -> Onn
 
 /// A string attribute's text.
 pub(crate) fn text(bytes: &[u8]) -> Result<String, Attribute> {
-    let text = str::from_utf8(bytes).map_err(|_| Attribute::Unsupported("a string that is not UTF-8".into()))?;
+    let text = str::from_utf8(bytes)
+        .map_err(|_| Attribute::Unsupported("a string that is not UTF-8, which is not supported".into()))?;
     Ok(text.to_owned())
 }
 
@@ -22,9 +24,9 @@ pub(crate) fn text(bytes: &[u8]) -> Result<String, Attribute> {
 pub(crate) fn readable(tensor: Result<Tensor, OnnxError>) -> Result<Result<Tensor, Attribute>, OnnxError> {
     match tensor {
         Ok(tensor) => Ok(Ok(tensor)),
-        Err(OnnxError::Tensor { problem: TensorProblem::UnsupportedType { name }, .. }) => {
-            Ok(Err(Attribute::Unsupported(format!("a tensor of {name}"))))
-        }
+        Err(OnnxError::Tensor { problem: TensorProblem::UnsupportedType { name }, .. }) => Ok(Err(
+            Attribute::Unsupported(format!("a tensor of {name}, which is not supported: {}", advice::for_type(name))),
+        )),
         Err(error) => Err(error),
     }
 }
@@ -100,7 +102,7 @@ fn value(node: &Node) -> Result<Tensor, String> {
         Attribute::Floats(values) => Ok(floats(vec![values.len() as u64], values)),
         Attribute::Int(value) => Ok(ints(vec![], &[*value])),
         Attribute::Ints(values) => Ok(ints(vec![values.len() as u64], values)),
-        Attribute::Unsupported(why) => Err(format!("its value is {why}, which is not supported")),
+        Attribute::Unsupported(why) => Err(format!("its value is {why}")),
         Attribute::String(_) | Attribute::Strings(_) => Err("its value is strings, which are not supported".to_owned()),
         Attribute::Tensors(_) | Attribute::Graph(_) | Attribute::Graphs(_) => {
             Err("its value is not a tensor".to_owned())

@@ -52,6 +52,8 @@ pub enum BindingError {
     Conflict { name: String, first: u64, first_given: String, second: u64, second_given: String },
     #[error("input `{input}` has element type {expected}, but its sample has {found}; convert the sample")]
     ElementType { input: String, expected: DType, found: DType },
+    #[error("input `{input}` has no element type in the model; give it one with a sample: `--like DIR`")]
+    NoElementType { input: String },
     #[error("input `{input}` is {what}, which is not supported; export the model with tensor inputs")]
     NotATensor { input: String, what: &'static str },
     #[error("input `{input}` with dimensions {sizes:?} is larger than 63 bits of bytes; bind smaller dimensions")]
@@ -72,12 +74,38 @@ struct Bound {
     given: String,
 }
 
-/// Types of the graph's inputs, in order.
+/// What is known of a graph's inputs.
+pub(crate) struct Inputs {
+    /// In order.
+    pub(crate) types: Vec<InputType>,
+    /// Dimensions that nothing binds, each once.
+    pub(crate) open: Vec<UnboundDim>,
+}
+
+/// The type of an input.
+pub(crate) enum InputType {
+    /// `is_open`: a dimension is not bound and has a size on trial.
+    Known { ty: TensorType, is_open: bool },
+    /// Not even the rank is known.
+    Open,
+    /// A type that cannot be held.
+    Refused(OnnxError),
+}
+
+impl InputType {
+    pub(crate) fn refusal(self) -> Option<OnnxError> {
+        match self {
+            Self::Refused(error) => Some(error),
+            Self::Known { .. } | Self::Open => None,
+        }
+    }
+}
+
+/// Types of the graph's inputs; dimensions that nothing binds have the size `trial`.
 ///
 /// # Errors
-/// [`OnnxError::Binding`] when bindings contradict the model or each other, [`OnnxError::UnboundDims`] with everything
-/// that is still open otherwise.
-pub(crate) fn bind(graph: &Graph, bindings: &Bindings) -> Result<Vec<TensorType>, OnnxError> {
+/// [`OnnxError::Binding`] when bindings contradict the model or each other.
+pub(crate) fn bind(graph: &Graph, bindings: &Bindings, trial: u64) -> Result<Inputs, OnnxError> {
     let known = named_dims(graph);
     check_names(graph, bindings, &known)?;
     let mut bound = BTreeMap::new();
@@ -86,7 +114,10 @@ pub(crate) fn bind(graph: &Graph, bindings: &Bindings) -> Result<Vec<TensorType>
     }
     let mut given_shapes = Vec::new();
     for input in &graph.inputs {
-        let dtype = element_type(input, bindings)?;
+        let dtype = match element_type(input, bindings) {
+            Err(OnnxError::Binding(error @ BindingError::ElementType { .. })) => return Err(error.into()),
+            held_or_not => held_or_not,
+        };
         let sizes = given_sizes(input, bindings)?;
         if let (Some(sizes), Some(dims)) = (&sizes, &input.dims) {
             for (dim, &size) in dims.iter().zip(sizes) {
@@ -99,20 +130,29 @@ pub(crate) fn bind(graph: &Graph, bindings: &Bindings) -> Result<Vec<TensorType>
         given_shapes.push((input, dtype, sizes));
     }
     check_expressions(&known, &bound)?;
-    let mut unbound = Vec::new();
+    let mut open = Vec::new();
     let mut types = Vec::new();
     for (input, dtype, given) in given_shapes {
-        let sizes = match given {
-            Some(sizes) => sizes,
-            None => model_sizes(input, &known, &bound, &mut unbound),
+        let dtype = match dtype {
+            Ok(dtype) => dtype,
+            Err(error) => {
+                types.push(InputType::Refused(error));
+                continue;
+            }
+        };
+        let found = given.map(|sizes| (sizes, false));
+        let Some((sizes, is_open)) = found.or_else(|| model_sizes(input, &known, &bound, trial, &mut open)) else {
+            open.push(UnboundDim { input: input.name.clone(), axis: 0, name: None });
+            types.push(InputType::Open);
+            continue;
         };
         let ty = TensorType::new(dtype, &sizes);
         if ty.bytes().is_none() {
             return Err(BindingError::TooLarge { input: input.name.clone(), sizes }.into());
         }
-        types.push(ty);
+        types.push(InputType::Known { ty, is_open });
     }
-    if unbound.is_empty() { Ok(types) } else { Err(OnnxError::UnboundDims(unbound)) }
+    Ok(Inputs { types, open })
 }
 
 /// A dimension without number or name: exporters also write `?`, and 0 for what they do not know.
@@ -163,6 +203,9 @@ fn element_type(input: &ValueInfo, bindings: &Bindings) -> Result<DType, OnnxErr
     let sample = bindings.samples.get(&input.name).map(|sample| sample.ty.dtype);
     if let (ElemType::UNDEFINED, Some(dtype)) = (input.elem_type, sample) {
         return Ok(dtype);
+    }
+    if input.elem_type == ElemType::UNDEFINED {
+        return Err(BindingError::NoElementType { input: input.name.clone() }.into());
     }
     let dtype = input.elem_type.dtype().map_err(|problem| OnnxError::Tensor { tensor: input.name.clone(), problem })?;
     match sample {
@@ -241,27 +284,26 @@ fn symbols_given(name: &str, bound: &BTreeMap<String, Bound>) -> String {
     parts.join(" and ")
 }
 
-/// Sizes from the model's numbers and the bound symbols. What is open goes to `unbound`, 0 in its place.
+/// Sizes from the model's numbers and the bound symbols, and whether any is open: that one goes to `unbound`, `trial` in
+/// its place. `None` where the model does not give the rank.
 fn model_sizes(
     input: &ValueInfo,
     names: &BTreeSet<String>,
     bound: &BTreeMap<String, Bound>,
+    trial: u64,
     unbound: &mut Vec<UnboundDim>,
-) -> Vec<u64> {
-    let Some(dims) = &input.dims else {
-        unbound.push(UnboundDim { input: input.name.clone(), axis: 0, name: None });
-        return Vec::new();
-    };
+) -> Option<(Vec<u64>, bool)> {
+    let bound = |symbol: &str| bound.get(symbol).map(|bound| bound.size);
     let mut sizes = Vec::new();
-    for (axis, dim) in dims.iter().enumerate() {
+    let mut is_open = false;
+    for (axis, dim) in input.dims.as_ref()?.iter().enumerate() {
         let open = |name: Option<String>| UnboundDim { input: input.name.clone(), axis, name };
         let size = match dim {
             _ if is_unnamed(dim) => Err(Some(open(None))),
             DimSpec::Value(size) => Ok(*size),
             DimSpec::Unknown => Err(Some(open(None))),
             DimSpec::Param(name) => {
-                let size = |symbol: &str| bound.get(symbol).map(|bound| bound.size);
-                let found = size(name).or_else(|| evaluate(name, &size));
+                let found = bound(name).or_else(|| evaluate(name, &bound));
                 // An expression follows once its symbols are bound; those are listed where they stand alone.
                 let inner = symbols(name);
                 let follows = !inner.contains(name) && inner.iter().all(|symbol| names.contains(symbol));
@@ -271,10 +313,14 @@ fn model_sizes(
         sizes.push(size.unwrap_or_else(|open| {
             let known = |open: &UnboundDim| open.name.is_some() && unbound.iter().any(|other| other.name == open.name);
             unbound.extend(open.filter(|open| !known(open)));
-            0
+            is_open = true;
+            match dim {
+                DimSpec::Param(name) => evaluate(name, &|symbol| bound(symbol).or(Some(trial))).unwrap_or(trial),
+                DimSpec::Value(_) | DimSpec::Unknown => trial,
+            }
         }));
     }
-    sizes
+    Some((sizes, is_open))
 }
 
 #[cfg(test)]
@@ -308,11 +354,23 @@ mod tests {
     }
 
     fn sizes(graph: &Graph, bindings: &Bindings) -> Vec<Vec<u64>> {
-        bind(graph, bindings).unwrap().iter().map(TensorType::sizes).collect()
+        let Inputs { types, open } = bind(graph, bindings, 0).unwrap();
+        assert_eq!(open, []);
+        let sizes = |ty: &InputType| match ty {
+            InputType::Known { ty, is_open: false } => ty.sizes(),
+            _ => panic!("an input is open"),
+        };
+        types.iter().map(sizes).collect()
     }
 
     fn error(graph: &Graph, bindings: &Bindings) -> String {
-        bind(graph, bindings).unwrap_err().to_string()
+        match bind(graph, bindings, 0) {
+            Err(error) => error.to_string(),
+            Ok(Inputs { types, open }) => match types.into_iter().find_map(InputType::refusal) {
+                Some(error) => error.to_string(),
+                None => OnnxError::UnboundDims(open).to_string(),
+            },
+        }
     }
 
     fn with_shape(mut bindings: Bindings, input: &str, sizes: &[u64]) -> Bindings {
@@ -350,6 +408,18 @@ mod tests {
     }
 
     #[test]
+    fn open_dimensions_have_a_size_on_trial() {
+        let Inputs { types, open } = bind(&decoder(), &named(&[("batch", 3)]), 32).unwrap();
+        let known = |ty: &InputType| match ty {
+            InputType::Known { ty, is_open } => (ty.sizes(), *is_open),
+            _ => panic!("a rank is open"),
+        };
+        let types: Vec<(Vec<u64>, bool)> = types.iter().map(known).collect();
+        assert_eq!(types, [(vec![3, 1], false), (vec![3, 33], true), (vec![3, 2, 32, 8], true)]);
+        assert_eq!(open.iter().map(|dim| dim.name.as_deref()).collect::<Vec<_>>(), [Some("past")]);
+    }
+
+    #[test]
     fn two_values_of_one_name_contradict() {
         let shape = with_shape(named(&[("batch", 3)]), "ids", &[4, 1]);
         let text = error(&decoder(), &shape);
@@ -383,6 +453,8 @@ mod tests {
     #[test]
     fn inputs_are_tensors_of_known_types() {
         let mut graph = decoder();
+        graph.inputs[0].elem_type = ElemType::UNDEFINED;
+        assert!(error(&graph, &named(&[("batch", 1), ("past", 1)])).contains("no element type"));
         graph.inputs[0].elem_type = ElemType(8);
         assert!(error(&graph, &named(&[("batch", 1), ("past", 1)])).contains("string"));
         graph.inputs[0].container = Container::Sequence;

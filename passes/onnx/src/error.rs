@@ -1,13 +1,15 @@
 //! What can be wrong with a model, each message saying what, where, and what to do next.
 
-use std::fmt;
+use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
 
 use planfile::text::count;
 use thiserror::Error;
 
+use crate::advice;
 use crate::bindings::BindingError;
+use crate::flat::Node;
 use crate::load::{IR_VERSIONS, OPSETS};
 
 /// Why a model could not be loaded or imported. The file's or the user's fault, never a bug of ours.
@@ -138,7 +140,7 @@ pub enum OnnxError {
     Binding(#[from] BindingError),
 
     #[error(
-        "a shape at node `{node}` ({op}) depends on the data in input `{input}`; bind it with sample inputs: `--like DIR`"
+        "a shape or a branch at node `{node}` ({op}) depends on the data in input `{input}`; bind it with sample inputs: `--like DIR`"
     )]
     DataDependent { node: String, op: String, input: String },
 
@@ -164,7 +166,7 @@ pub enum TensorProblem {
     ElementCount { field: &'static str, dims: Vec<u64>, expected: u64, found: u64 },
     #[error("element type number {number} is not one of ONNX; export the model again")]
     UnknownType { number: i32 },
-    #[error("element type {name} is not supported; convert the tensor to a type of 8 to 64 bits")]
+    #[error("element type {name} is not supported: {}", advice::for_type(name))]
     UnsupportedType { name: &'static str },
     #[error("`{field}` holds {value}, which does not fit {dtype}; export the model again")]
     ValueRange { field: &'static str, value: i64, dtype: &'static str },
@@ -218,6 +220,31 @@ pub struct UnsupportedNode {
     pub hint: String,
 }
 
+impl UnsupportedNode {
+    pub(crate) fn at(node: &Node, hint: &str) -> Self {
+        Self {
+            name: node.name.clone(),
+            op: node.op_type.clone(),
+            domain: node.domain.clone(),
+            opset: node.opset,
+            hint: hint.to_owned(),
+        }
+    }
+}
+
+impl OnnxError {
+    /// The message, for where the node is named already.
+    pub(crate) fn at_a_node(&self) -> String {
+        match self {
+            Self::DataDependent { input, .. } => format!(
+                "a shape or a branch depends on the data in input `{input}`: bind it with sample inputs, `--like DIR`"
+            ),
+            Self::ContradictoryShape { problem, .. } => format!("shapes contradict each other: {problem}"),
+            other => other.to_string(),
+        }
+    }
+}
+
 /// One symbolic dimension that no flag binds.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UnboundDim {
@@ -226,6 +253,16 @@ pub struct UnboundDim {
     pub axis: usize,
     /// `None`: the model gives the axis neither a number nor a name.
     pub name: Option<String>,
+}
+
+impl UnboundDim {
+    /// The flag that binds it.
+    pub fn flag(&self) -> String {
+        match &self.name {
+            Some(name) => format!("--dim {name}=N"),
+            None => format!("--shape {}=D0,D1,...", self.input),
+        }
+    }
 }
 
 fn cycle(names: &[String]) -> String {
@@ -243,18 +280,26 @@ fn cycle(names: &[String]) -> String {
 
 fn unsupported(nodes: &[UnsupportedNode]) -> String {
     let mut text = format!("{} node{} cannot be imported:", nodes.len(), if nodes.len() == 1 { "" } else { "s" });
+    // Nodes of one operator with one reason share a line, in the order of the first of them.
+    let mut places = BTreeMap::new();
+    let mut lines: Vec<(&UnsupportedNode, usize)> = Vec::new();
     for node in nodes {
-        text.push_str(&format!("\n  {node}"));
+        let place = *places.entry((&node.domain, &node.op, node.opset, &node.hint)).or_insert(lines.len());
+        match lines.get_mut(place) {
+            Some((_, count)) => *count += 1,
+            None => lines.push((node, 1)),
+        }
     }
-    text.push_str("\nrewrite these parts of the model with supported operators");
+    for (UnsupportedNode { name, op, domain, opset, hint }, count) in lines {
+        let more = if count > 1 { format!(" and {} more", count - 1) } else { String::new() };
+        let separator = if domain.is_empty() { "" } else { "." };
+        text.push_str(&format!("\n  `{name}`{more}: {domain}{separator}{op} (opset {opset}): {hint}"));
+    }
+    for advice in advice::for_domains(nodes.iter().map(|node| node.domain.as_str())) {
+        text.push_str(&format!("\n{advice}"));
+    }
+    text.push_str("\n`--check-support` lists every operator of the model");
     text
-}
-
-impl fmt::Display for UnsupportedNode {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let separator = if self.domain.is_empty() { "" } else { "." };
-        write!(f, "`{}`: {}{separator}{} (opset {}): {}", self.name, self.domain, self.op, self.opset, self.hint)
-    }
 }
 
 fn unbound(dims: &[UnboundDim]) -> String {
@@ -262,12 +307,11 @@ fn unbound(dims: &[UnboundDim]) -> String {
     for dim in dims {
         match &dim.name {
             Some(name) => {
-                text.push_str(&format!("\n  `{name}` (input `{}`, axis {}): `--dim {name}=N`", dim.input, dim.axis))
+                text.push_str(&format!("\n  `{name}` (input `{}`, axis {}): `{}`", dim.input, dim.axis, dim.flag()))
             }
-            None => text.push_str(&format!(
-                "\n  axis {} of input `{}` has no name: `--shape {}=D0,D1,...`",
-                dim.axis, dim.input, dim.input
-            )),
+            None => {
+                text.push_str(&format!("\n  axis {} of input `{}` has no name: `{}`", dim.axis, dim.input, dim.flag()))
+            }
         }
     }
     text.push_str("\nor bind all of them from sample inputs: `--like DIR`");
@@ -290,6 +334,24 @@ mod tests {
         let text = OnnxError::Unsupported(vec![node("a", ""), node("b", "com.example")]).to_string();
         assert!(text.contains("2 nodes") && text.contains("`a`: Fancy (opset 17)"), "{text}");
         assert!(text.contains("`b`: com.example.Fancy (opset 17)"), "{text}");
+        assert!(text.contains("domain com.example is not known") && text.contains("--check-support"), "{text}");
+    }
+
+    #[test]
+    fn nodes_with_one_reason_share_a_line() {
+        let node = |name: &str, hint: &str| UnsupportedNode {
+            name: name.into(),
+            op: "Fancy".into(),
+            domain: String::new(),
+            opset: 17,
+            hint: hint.into(),
+        };
+        let nodes = vec![node("a", "no"), node("b", "never"), node("c", "no"), node("d", "no")];
+        let text = OnnxError::Unsupported(nodes).to_string();
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines[0], "4 nodes cannot be imported:");
+        assert_eq!(lines[1], "  `a` and 2 more: Fancy (opset 17): no");
+        assert_eq!(lines[2], "  `b`: Fancy (opset 17): never");
     }
 
     #[test]

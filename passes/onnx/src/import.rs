@@ -3,21 +3,27 @@
 //! Shapes are static once the inputs' dimensions are bound. What a shape depends on is computed when a lowering asks for
 //! it; everything else, shape arithmetic included, becomes ordinary nodes for later passes to fold.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 
 use ir::{Entry, Graph, GraphId, Module, Output, Port, ValueDef, ValueId};
 use planfile::{DType, SourceFile};
 
 use crate::attribute;
-use crate::bindings::{Bindings, bind};
+use crate::bindings::{Bindings, InputType, Inputs, bind};
 use crate::build::Builder;
 use crate::context::{Context, OpError};
 use crate::error::{OnnxError, UnsupportedNode};
+use crate::findings::Findings;
 use crate::flat::{self, Attribute, Initializer, Node};
 use crate::load::Model;
 use crate::operators::{self, Lower};
 use crate::schema;
 use crate::source_files::WeightFiles;
+use crate::stand_ins::StandIns;
+use crate::support::refused_whatever_is_bound;
+
+/// Of a node that was not looked at.
+const FOLLOWS: &str = "not looked at: it reads what a node makes that cannot be imported";
 
 /// Imports `model` with its input dimensions bound, as a module of one entry and one graph. Weights stay ranges of
 /// their files.
@@ -26,35 +32,64 @@ use crate::source_files::WeightFiles;
 /// When a dimension is not bound or bound in two ways, when nodes are not supported (all are listed), when shapes
 /// contradict each other, or when a shape depends on data that nothing binds.
 pub fn import(model: &Model, bindings: &Bindings, weights: &WeightFiles) -> Result<Module, OnnxError> {
-    // Open dimensions come first: they are the user's to bind, whatever else is wrong.
-    bind(&model.graph, bindings)?;
-    let refused = refused(&model.graph);
-    if !refused.is_empty() {
-        return Err(OnnxError::Unsupported(refused));
+    let Inputs { types, open } = bind(&model.graph, bindings, 0)?;
+    if !open.is_empty() {
+        // What cannot be imported comes first: to bind dimensions would be in vain.
+        let unsupported = refused_whatever_is_bound(model, bindings, weights)?;
+        return Err(if unsupported.is_empty() {
+            OnnxError::UnboundDims(open)
+        } else {
+            OnnxError::Unsupported(unsupported)
+        });
     }
-    attempt(model, bindings, weights, refused)
+    let (module, findings) = attempt(model, &types, bindings, weights, refused(&model.graph))?;
+    if let Some(error) = findings.into_error() {
+        return Err(error);
+    }
+    match types.into_iter().find_map(InputType::refusal) {
+        Some(error) => Err(error),
+        None => Ok(module),
+    }
 }
 
-/// As [`import`], around nodes that are refused already: those that depend on them are not looked at, all others are.
+/// Imports what can be imported, around nodes that are refused already, and finds all that cannot. The module is whole
+/// where nothing is found and all inputs are known.
+///
+/// # Errors
+/// A model whose outputs nothing defines.
 pub(crate) fn attempt(
     model: &Model,
+    types: &[InputType],
     bindings: &Bindings,
     weights: &WeightFiles,
     refused: Vec<UnsupportedNode>,
-) -> Result<Module, OnnxError> {
-    let types = bind(&model.graph, bindings)?;
+) -> Result<(Module, Findings), OnnxError> {
     let name = if model.graph.name.is_empty() { "main" } else { &model.graph.name };
     let mut inputs = Vec::new();
     let mut ports = Vec::new();
     let mut graph = Graph::new("main");
-    let names = refused.iter().map(|node| node.name.clone()).collect();
-    let mut import =
-        Import { files: weights, values: HashMap::new(), refused: names, unsupported: refused, failure: None };
+    let mut import = Import {
+        files: weights,
+        values: HashMap::new(),
+        refused: refused.iter().map(|node| (node.name.clone(), node.hint.clone())).collect(),
+        findings: Findings { unsupported: refused, ..Findings::default() },
+        unheld: Vec::new(),
+        stand_ins: StandIns::new(&model.graph, types),
+    };
     for ((info, ty), number) in model.graph.inputs.iter().zip(types).zip(0u32..) {
-        let value = graph.add_source(ty.clone(), ValueDef::Input(number));
-        import.values.insert(&info.name, Named::Value(value));
+        let named = match ty {
+            InputType::Known { ty, .. } => {
+                ports.push(Port { name: info.name.clone(), ty: ty.clone() });
+                Named::Value(graph.add_source(ty.clone(), ValueDef::Input(number)))
+            }
+            InputType::Open => Named::Failed,
+            InputType::Refused(error) => {
+                import.unheld.push(error.to_string());
+                Named::Unheld(import.unheld.len() - 1)
+            }
+        };
+        import.values.insert(&info.name, named);
         inputs.push((info.name.clone(), bindings.samples.get(&info.name).cloned()));
-        ports.push(Port { name: info.name.clone(), ty });
     }
     let files = model.files.iter().map(|file| SourceFile { name: file.path.clone(), bytes: file.len }).collect();
     let mut builder = Builder {
@@ -70,17 +105,11 @@ pub(crate) fn attempt(
     for info in &model.graph.outputs {
         match import.value(&mut builder, &info.name) {
             Ok(value) => outputs.push((info.name.clone(), value)),
-            Err(NoValue::Failed) => {}
+            Err(NoValue::Failed | NoValue::Unheld(_)) => {}
             Err(NoValue::Undefined) => return Err(undefined_output(&info.name)),
         }
     }
-    if !import.unsupported.is_empty() {
-        return Err(OnnxError::Unsupported(import.unsupported));
-    }
-    if let Some(failure) = import.failure {
-        return Err(failure);
-    }
-    Ok(finish(builder, ports, outputs))
+    Ok((finish(builder, ports, outputs), import.findings))
 }
 
 /// Puts graph and signature into the module.
@@ -104,13 +133,16 @@ enum Named<'m> {
     Value(ValueId),
     /// A constant that nobody has read yet.
     Initializer(&'m Initializer),
-    /// Result of a node that could not be lowered, or of one that reads such a result.
+    /// Result of a node that could not be lowered, or of one that reads such a result; an input of unknown rank.
     Failed,
+    /// An input or a constant of a type that cannot be held; which and why by number.
+    Unheld(usize),
 }
 
 /// Why a name has no value.
 enum NoValue {
     Failed,
+    Unheld(usize),
     Undefined,
 }
 
@@ -119,11 +151,12 @@ struct Import<'m> {
     files: &'m WeightFiles,
     /// Looked up, never walked.
     values: HashMap<&'m str, Named<'m>>,
-    /// Names of the nodes that were refused before the walk. They are unique.
-    refused: BTreeSet<String>,
-    unsupported: Vec<UnsupportedNode>,
-    /// The first fault that is not a lack of support.
-    failure: Option<OnnxError>,
+    /// Nodes that were refused before the walk, by their names, which are unique, and why.
+    refused: BTreeMap<String, String>,
+    findings: Findings,
+    /// Why inputs and constants cannot be held.
+    unheld: Vec<String>,
+    stand_ins: StandIns<'m>,
 }
 
 impl<'m> Import<'m> {
@@ -134,17 +167,18 @@ impl<'m> Import<'m> {
             self.values.insert(&initializer.name, Named::Initializer(initializer));
         }
         for node in &graph.nodes {
-            let results = self.node(builder, node);
+            let Some(results) = self.node(builder, node) else {
+                self.stand_in(builder, node);
+                continue;
+            };
             for (position, name) in node.outputs.iter().enumerate().filter(|(_, name)| !name.is_empty()) {
-                let result = results.as_ref().and_then(|results| results.get(position));
-                let named = match (result, &results) {
-                    (Some(&value), _) => Named::Value(value),
-                    (None, None) => Named::Failed,
-                    (None, Some(_)) => {
+                let named = results.get(position).map_or_else(
+                    || {
                         self.fail(node, OpError::Unsupported { hint: format!("output {position} is not supported") });
                         Named::Failed
-                    }
-                };
+                    },
+                    |&value| Named::Value(value),
+                );
                 self.values.insert(name, named);
             }
         }
@@ -160,16 +194,18 @@ impl<'m> Import<'m> {
                 Ok(value)
             }
             Some(Named::Failed) => Err(NoValue::Failed),
+            Some(Named::Unheld(why)) => Err(NoValue::Unheld(why)),
             None => Err(NoValue::Undefined),
         }
     }
 
     /// Lowers a node. `None` when it cannot be, or depends on one that cannot.
     fn node(&mut self, builder: &mut Builder, node: &'m Node) -> Option<Vec<ValueId>> {
-        if self.refused.contains(&node.name) {
+        if self.refused.contains_key(&node.name) {
             return None;
         }
         let mut operands = Vec::with_capacity(node.inputs.len());
+        let (mut follows, mut unheld) = (false, Vec::new());
         for name in &node.inputs {
             if name.is_empty() {
                 operands.push(None);
@@ -177,16 +213,22 @@ impl<'m> Import<'m> {
             }
             match self.value(builder, name) {
                 Ok(value) => operands.push(Some(value)),
-                Err(NoValue::Failed) => return None,
+                Err(NoValue::Failed) => follows = true,
+                Err(NoValue::Unheld(why)) => unheld.push(self.unheld[why].clone()),
                 Err(NoValue::Undefined) => {
-                    self.failure.get_or_insert(OnnxError::UndefinedValue {
-                        node: node.name.clone(),
-                        op: node.op_type.clone(),
-                        value: name.clone(),
-                    });
+                    let (name, op, value) = (node.name.clone(), node.op_type.clone(), name.clone());
+                    self.fault(node, OnnxError::UndefinedValue { node: name, op, value });
                     return None;
                 }
             }
+        }
+        if !unheld.is_empty() {
+            self.fail(node, OpError::Unsupported { hint: unheld.join("; ") });
+            return None;
+        }
+        if follows {
+            self.findings.skipped.push(UnsupportedNode::at(node, FOLLOWS));
+            return None;
         }
         let types: Vec<Option<DType>> =
             operands.iter().map(|operand| operand.map(|value| builder.graph.ty(value).dtype)).collect();
@@ -226,15 +268,7 @@ impl<'m> Import<'m> {
     ) -> Option<Vec<ValueId>> {
         let mut context = Context::new(builder, self.files, node, operands);
         let condition = context.operand(0).and_then(|value| context.constant_i64(value));
-        let taken = condition.map_err(|error| match error {
-            OpError::DataDependent { input } => {
-                let hint =
-                    format!("its condition depends on the data in input `{input}`; only a constant one is supported");
-                OpError::Unsupported { hint }
-            }
-            other => other,
-        });
-        let name = match taken {
+        let name = match condition {
             Ok(0) => "else_branch",
             Ok(_) => "then_branch",
             Err(error) => {
@@ -251,9 +285,9 @@ impl<'m> Import<'m> {
         for output in &body.outputs {
             match self.value(builder, &output.name) {
                 Ok(value) => results.push(value),
-                Err(NoValue::Failed) => return None,
+                Err(NoValue::Failed | NoValue::Unheld(_)) => return None,
                 Err(NoValue::Undefined) => {
-                    self.failure.get_or_insert(undefined_output(&output.name));
+                    self.fault(node, undefined_output(&output.name));
                     return None;
                 }
             }
@@ -263,17 +297,49 @@ impl<'m> Import<'m> {
 
     fn fail(&mut self, node: &Node, error: OpError) {
         let (name, op) = (node.name.clone(), node.op_type.clone());
-        let failure = match error {
+        let error = match error {
             OpError::Unsupported { hint } => {
-                let (domain, opset) = (node.domain.clone(), node.opset);
-                self.unsupported.push(UnsupportedNode { name, op, domain, opset, hint });
+                self.findings.unsupported.push(UnsupportedNode::at(node, &hint));
                 return;
             }
-            OpError::Invalid { why } => OnnxError::ContradictoryShape { node: name, op, problem: why },
-            OpError::DataDependent { input } => OnnxError::DataDependent { node: name, op, input },
-            OpError::Read(error) => *error,
+            // What the model says of a value is a hint: with it, a contradiction proves nothing.
+            OpError::Invalid { .. } if self.stand_ins.is_used() => None,
+            OpError::DataDependent { input } if self.stand_ins.contains(&input) => None,
+            OpError::Invalid { why } => Some(OnnxError::ContradictoryShape { node: name, op, problem: why }),
+            OpError::DataDependent { input } => Some(OnnxError::DataDependent { node: name, op, input }),
+            OpError::Read(error) => Some(*error),
         };
-        self.failure.get_or_insert(failure);
+        match error {
+            Some(error) => self.fault(node, error),
+            None => self.findings.skipped.push(UnsupportedNode::at(node, FOLLOWS)),
+        }
+    }
+
+    fn fault(&mut self, node: &Node, error: OnnxError) {
+        self.findings.faults.push((UnsupportedNode::at(node, &error.at_a_node()), error));
+    }
+
+    /// Lets the walk go on after a node without results: with values of the types that the model says they have, where it
+    /// does.
+    fn stand_in(&mut self, builder: &mut Builder, node: &'m Node) {
+        // What a constant cannot hold, its readers cannot read.
+        let unheld = (node.op_type == "Constant" && node.domain.is_empty()).then(|| {
+            let why = self.refused.get(&node.name).map_or("", String::as_str);
+            self.unheld.push(format!("constant `{}`: {why}", node.name));
+            self.unheld.len() - 1
+        });
+        for name in node.outputs.iter().filter(|name| !name.is_empty()) {
+            let named = match (unheld, self.stand_ins.take(name)) {
+                (Some(why), _) => Named::Unheld(why),
+                (None, Some(ty)) => {
+                    let number = builder.inputs.len() as u32;
+                    builder.inputs.push((name.clone(), None));
+                    Named::Value(builder.graph.add_source(ty, ValueDef::Input(number)))
+                }
+                (None, None) => Named::Failed,
+            };
+            self.values.insert(name, named);
+        }
     }
 }
 
@@ -456,7 +522,7 @@ mod tests {
             assert_close(&run(&branch(condition).import().unwrap(), &data)[0], &[2], &expected);
         }
         let text = branch("given").error();
-        assert!(text.contains("If (opset 20)") && text.contains("input `given`"), "{text}");
+        assert!(text.contains("(If)") && text.contains("input `given`") && text.contains("--like"), "{text}");
     }
 
     #[test]

@@ -18,7 +18,7 @@ use crate::messages::{
 };
 use crate::names::Names;
 use crate::source_files::SourceFiles;
-use crate::tensor_data::{ElemType, sparse_tensor, tensor};
+use crate::tensor_data::{ElemType, Tensor, sparse_tensor, tensor};
 
 /// Most nodes that a model may have once its functions are expanded.
 pub const NODE_LIMIT: usize = 500_000;
@@ -142,13 +142,12 @@ impl Flattener<'_, '_, '_> {
         frame.define(inputs.chain(constants.iter().copied()).chain(outputs), &mut self.names);
         let mut graph = Graph { name: proto.name.clone(), ..Graph::default() };
         for initializer in &proto.initializer {
-            let tensor = tensor(initializer, &initializer.name, self.files)?;
-            let name = frame.value(&initializer.name).unwrap_or_default();
-            graph.initializers.push(Initializer { name, tensor });
+            let tensor = readable(tensor(initializer, &initializer.name, self.files))?;
+            self.initializer(&initializer.name, tensor, frame, &mut graph)?;
         }
         for (sparse, name) in proto.sparse_initializer.iter().zip(sparse_names()) {
-            let tensor = sparse_tensor(sparse, name, self.files)?;
-            graph.initializers.push(Initializer { name: frame.value(name).unwrap_or_default(), tensor });
+            let tensor = readable(sparse_tensor(sparse, name, self.files))?;
+            self.initializer(name, tensor, frame, &mut graph)?;
         }
         for (index, node) in proto.node.iter().enumerate() {
             self.node(node, index, frame, prefix, &mut graph)?;
@@ -161,6 +160,35 @@ impl Flattener<'_, '_, '_> {
         graph.value_info = infos(&proto.value_info);
         frame.leave_body();
         Ok(graph)
+    }
+
+    /// A constant of the graph; as a Constant node, which import reports, where we have no type for it.
+    fn initializer(
+        &mut self,
+        name: &str,
+        tensor: Result<Tensor, Attribute>,
+        frame: &Frame,
+        graph: &mut Graph,
+    ) -> Result<(), OnnxError> {
+        let value = frame.value(name).unwrap_or_default();
+        match tensor {
+            Ok(tensor) => graph.initializers.push(Initializer { name: value, tensor }),
+            Err(unsupported) => {
+                let name = self.names.node(name.to_owned(), false);
+                self.count_nodes(1, &name)?;
+                graph.nodes.push(Node {
+                    op_type: "Constant".into(),
+                    domain: String::new(),
+                    opset: frame.opsets.get("").copied().unwrap_or(1),
+                    name,
+                    inputs: Vec::new(),
+                    outputs: vec![value],
+                    attributes: BTreeMap::from([("value".to_owned(), unsupported)]),
+                    device_configurations: Vec::new(),
+                });
+            }
+        }
+        Ok(())
     }
 
     fn node(
@@ -413,8 +441,12 @@ impl Flattener<'_, '_, '_> {
                 }
                 Attribute::Graphs(bodies)
             }
-            AttributeType::SparseTensors => Attribute::Unsupported("a list of sparse tensors".into()),
-            AttributeType::TypeProto | AttributeType::TypeProtos => Attribute::Unsupported("a type".into()),
+            AttributeType::SparseTensors => {
+                Attribute::Unsupported("a list of sparse tensors, which is not supported".into())
+            }
+            AttributeType::TypeProto | AttributeType::TypeProtos => {
+                Attribute::Unsupported("a type, which is not supported".into())
+            }
             AttributeType::Undefined => return Err(missing()),
         }))
     }

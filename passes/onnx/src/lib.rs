@@ -1,11 +1,13 @@
 //! ONNX messages and import into the IR.
 
+mod advice;
 mod attribute;
 pub mod bindings;
 mod build;
 mod context;
 mod dim_expr;
 pub mod error;
+mod findings;
 pub mod flat;
 #[cfg(test)]
 mod harness;
@@ -21,6 +23,7 @@ mod samples;
 mod schema;
 mod shown_names;
 pub mod source_files;
+mod stand_ins;
 pub mod support;
 pub mod tensor_data;
 pub mod wire;
@@ -28,4 +31,4 @@ pub mod wire;
 pub use bindings::{BindingError, Bindings};
 pub use error::OnnxError;
 pub use import::import;
-pub use support::{OperatorSupport, support, support_bound};
+pub use support::{OperatorSupport, Status, SupportReport, support};

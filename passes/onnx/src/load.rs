@@ -250,7 +250,12 @@ mod tests {
         ];
         let loaded = reload(&model(graph(nodes))).unwrap();
         assert_eq!(loaded.graph.nodes[0].attributes["value_strings"], Attribute::Strings(vec!["text".into()]));
-        assert_eq!(loaded.graph.nodes[1].attributes["value"], Attribute::Unsupported("a tensor of int4".into()));
+        assert_eq!(
+            loaded.graph.nodes[1].attributes["value"],
+            Attribute::Unsupported(
+                "a tensor of int4, which is not supported: export with 8-bit integers, or in f16 or bf16".into()
+            )
+        );
     }
 
     #[test]

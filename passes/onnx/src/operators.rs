@@ -38,6 +38,7 @@ use std::sync::LazyLock;
 
 use ir::ValueId;
 
+use crate::advice;
 use crate::context::{Context, OpError};
 
 /// Adds the primitives that compute one node. Gives one value per output of the ONNX operator, in order; optional
@@ -104,8 +105,11 @@ pub(crate) fn find(domain: &str, name: &str, opset: i64) -> Result<Lower, String
         return Ok(row.lower);
     }
     match rows.iter().map(|row| row.since).min() {
-        Some(since) => Err(format!("the operator is supported from opset {since} on")),
-        None => Err("no such operator is supported".to_owned()),
+        Some(since) => Err(format!("the operator is supported from opset {since} on: export the model for that opset")),
+        None => Err(match advice::for_operator(domain, name) {
+            Some(advice) => format!("no such operator is supported: {advice}"),
+            None => "no such operator is supported".to_owned(),
+        }),
     }
 }
 
