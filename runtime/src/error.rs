@@ -82,7 +82,7 @@ pub enum RuntimeError {
     Broken,
     #[error("{what} is for plans on GPUs")]
     OnlyOnGpus { what: &'static str },
-    #[error("the thread of rank {rank} could not be started: {source}")]
+    #[error("the thread of rank {rank} could not be started: {source}; raise `ulimit -v` or `ulimit -u`")]
     Thread { rank: u32, source: std::io::Error },
     #[error("rank {rank} stopped in an unforeseen way; this is a bug, report it with the plan")]
     Panicked { rank: u32 },

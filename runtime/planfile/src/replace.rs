@@ -141,10 +141,24 @@ pub fn check(path: &Path) -> Result<(), ReplaceError> {
 /// Removes all unfinished files of this process, which must end now: whoever begins, finishes or drops one after this
 /// waits for that.
 pub fn abandon_all() {
-    let mut unfinished = unfinished();
-    for path in unfinished.drain(..) {
+    abandon(unfinished());
+}
+
+/// As [`abandon_all`], from a signal handler or where there is no memory left: waits for no lock, and does nothing where
+/// one is held.
+pub fn try_abandon_all() {
+    match UNFINISHED.try_lock() {
+        Ok(unfinished) => abandon(unfinished),
+        Err(std::sync::TryLockError::Poisoned(poisoned)) => abandon(poisoned.into_inner()),
+        Err(std::sync::TryLockError::WouldBlock) => {}
+    }
+}
+
+fn abandon(unfinished: MutexGuard<'static, Vec<PathBuf>>) {
+    for path in unfinished.iter() {
         fs::remove_file(path).unwrap_or_default();
     }
+    // Never given back.
     std::mem::forget(unfinished);
 }
 

@@ -9,6 +9,7 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use planfile::replace::try_abandon_all;
 use signal_hook::consts::SIGABRT;
 use signal_hook::low_level::{exit, register};
 
@@ -57,11 +58,12 @@ unsafe impl GlobalAlloc for Allocator {
 pub(super) fn handle() {
     let end = || {
         if HAS_FAILED.load(Ordering::Relaxed) {
+            try_abandon_all();
             let _ = rustix::io::write(rustix::stdio::stderr(), ADVICE);
             exit(Exit::Invalid as i32);
         }
     };
-    // SAFETY: an atomic read and two system calls, all of which a handler may do; nothing here takes a lock, allocates
-    // or panics.
+    // SAFETY: atomic reads and system calls, all of which a handler may do; nothing here waits for a lock or panics, and
+    // only a path of hundreds of bytes allocates, where failing comes back here and finds the lock taken.
     let _ = unsafe { register(SIGABRT, end) };
 }

@@ -124,8 +124,7 @@ impl From<RuntimeError> for Failure {
             | RuntimeError::NoSuchGpu { .. }
             | RuntimeError::Architecture { .. }
             | RuntimeError::GpuMemory { .. }
-            | RuntimeError::OtherVersion { .. }
-            | RuntimeError::Thread { .. } => Exit::Machine,
+            | RuntimeError::OtherVersion { .. } => Exit::Machine,
             RuntimeError::GpuCount { .. }
             | RuntimeError::SameGpu { .. }
             | RuntimeError::OnlyOnGpus { .. }
@@ -140,6 +139,7 @@ impl From<RuntimeError> for Failure {
             | RuntimeError::InputShape { .. }
             | RuntimeError::FrozenInput { .. }
             | RuntimeError::Memory { .. }
+            | RuntimeError::Thread { .. }
             | RuntimeError::Threads { .. } => Exit::Invalid,
         };
         Self::new(exit, error)
