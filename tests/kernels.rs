@@ -1,11 +1,12 @@
-//! Every sample of a kernel becomes machine code for three generations of GPUs, without one.
+//! Every sample of a kernel becomes machine code for three generations of GPUs, without one; code and launches verify.
 
-#![expect(clippy::panic, reason = "a test may stop at the first surprise")]
+#![expect(clippy::panic, clippy::unwrap_used, reason = "a test may stop at the first surprise")]
 
-use std::collections::BTreeMap;
+#[path = "gpu/sample_plan.rs"]
+mod sample_plan;
 
-use kernels::cuda::{Options, Selected, select};
 use kernels::samples::samples;
+use planfile::verify;
 use runtime::cuda::nvrtc;
 
 /// Kernels that keep some registers in memory, by symbol, and why that is fine.
@@ -13,21 +14,6 @@ const SPILLS: &[(&str, &str)] = &[];
 
 /// Ampere, Hopper and Blackwell.
 const ARCHITECTURES: &[&str] = &["sm_80", "sm_90a", "sm_100a"];
-
-/// Sources of all samples, without those that libraries execute: the name of the first sample by symbol and source.
-fn sources(architecture: &str) -> BTreeMap<(String, String), String> {
-    let options = Options { architecture: architecture.to_owned(), allow_tf32: false };
-    let mut sources = BTreeMap::new();
-    for (name, spec) in samples() {
-        match select(&spec, &options).unwrap_or_else(|why| panic!("{name}: {why}")) {
-            (_, Selected::Launch(launch)) => {
-                sources.entry((launch.symbol, launch.source)).or_insert(name);
-            }
-            (_, Selected::Library { .. }) => {}
-        }
-    }
-    sources
-}
 
 /// Bytes that a report of ptxas says are spilled, stores and loads together.
 fn spilled(log: &str) -> u64 {
@@ -37,24 +23,26 @@ fn spilled(log: &str) -> u64 {
 }
 
 fn check(architecture: &str) {
-    let sources = sources(architecture);
-    assert!(sources.len() > 100, "{} kernels", sources.len());
-    let list: Vec<(&str, &str)> = sources.keys().map(|(symbol, source)| (symbol.as_str(), source.as_str())).collect();
     let options = nvrtc::Options { architecture, report: true };
-    let nvrtc = nvrtc::Nvrtc::load();
-    let compiled = nvrtc
-        .and_then(|nvrtc| nvrtc.compile_with(&list, options))
-        .unwrap_or_else(|error| panic!("{error}; `python3 fixtures/fetch.py` brings the compiler"));
     let mut failures = Vec::new();
-    for (((symbol, _), name), compiled) in sources.iter().zip(&compiled) {
-        assert!(compiled.log.contains("registers"), "{name}: no report of registers: {}", compiled.log);
-        let allowed = SPILLS.iter().any(|(known, _)| known == symbol);
-        let bytes = spilled(&compiled.log);
-        if bytes > 0 && !allowed {
-            failures.push(format!("{symbol} ({name}) spills {bytes} bytes"));
+    let compile = |sources: &[(&str, &str)]| {
+        assert!(sources.len() > 100, "{} kernels", sources.len());
+        let compiled = nvrtc::Nvrtc::load()
+            .and_then(|nvrtc| nvrtc.compile_with(sources, options))
+            .unwrap_or_else(|error| panic!("{error}; `python3 fixtures/fetch.py` brings the compiler"));
+        for ((symbol, _), compiled) in sources.iter().zip(&compiled) {
+            assert!(compiled.log.contains("registers"), "{symbol}: no report of registers: {}", compiled.log);
+            let allowed = SPILLS.iter().any(|(known, _)| known == symbol);
+            let bytes = spilled(&compiled.log);
+            if bytes > 0 && !allowed {
+                failures.push(format!("{symbol} spills {bytes} bytes"));
+            }
         }
-    }
+        compiled.into_iter().map(|compiled| compiled.cubin).collect()
+    };
+    let plan = sample_plan::plan(&samples(), architecture, false, compile);
     assert!(failures.is_empty(), "{architecture}: {failures:#?}");
+    assert_eq!(verify(&plan), Ok(()), "{architecture}");
 }
 
 #[test]

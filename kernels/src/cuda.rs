@@ -4,7 +4,7 @@
 //! with the bodies of its kernels in `kernels/cuda`; libraries are called for large products and convolutions.
 
 use planfile::plan::{Call, Library};
-use planfile::{Op, RankScalar, Spec};
+use planfile::{LaunchRule, Op, Spec};
 
 mod attention;
 mod block;
@@ -46,24 +46,27 @@ pub enum Selected {
 
 /// A kernel of ours, specialised: shapes, strides and constants are literals in the source.
 ///
-/// Its parameters are a pointer for each input of the specification, one for each result, each scalar as `long long`,
-/// and last, where it checks indices, a pointer to its fault word.
+/// Its parameters are those that [`planfile::launch`] names: a pointer for each input of the specification, one for each
+/// result, each number that differs by rank as `long long`, and last, where the specification checks indices, a pointer to
+/// its fault word. For an index that is out of range a kernel writes 1 to that word, a `u32`, and keeps out of memory
+/// beyond its operands and results. It never reads the word, nor writes anything else there. What it may leave unreported
+/// is said at [`planfile::plan::Argument::Fault`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Launch {
     /// Name of the function.
     pub symbol: String,
     /// A whole translation unit of CUDA C++ that includes nothing.
     pub source: String,
-    pub grid: [u32; 3],
-    pub block: [u32; 3],
-    /// Dynamic shared memory.
-    pub shared_bytes: u32,
-    /// Values that may differ by rank.
-    pub scalars: Vec<RankScalar>,
-    /// Whether the kernel checks indices that it reads: for one that is out of range it writes 1 to its fault word, a
-    /// `u32`, and keeps out of memory beyond its operands and results. It never reads the word, nor writes anything
-    /// else there. What it may leave unreported is said at [`planfile::plan::Argument::Fault`].
-    pub checks: bool,
+    /// Blocks, threads and dynamic shared memory, by formula.
+    pub rule: LaunchRule,
+}
+
+#[cfg(test)]
+impl Launch {
+    /// Blocks of a launch for that specification.
+    fn blocks(&self, spec: &Spec) -> i64 {
+        self.rule.shape(spec).unwrap().grid[0].get(0).unwrap()
+    }
 }
 
 /// The parameter of kernels that check indices.

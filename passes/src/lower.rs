@@ -5,12 +5,13 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use ir::{Graph, Placement, ValueDef, ValueId, WeightId};
 use kernels::cuda::{Launch, Selected};
 use planfile::fingerprint::Fingerprint;
+use planfile::launch::{self, LABEL_BYTES};
 use planfile::plan::{
-    Action, Argument, Binding, Call, Code, CollectiveAlgorithm, Explanations, Implementation, Kernel, LaunchShape,
-    LinkRequirement, Manifest, Place, PlacedWeight, Plan, PlanAxis, PlanEntry, PlanPiece, PlanPort, PlanState,
-    PlanWeight, Program, SplitDim, Step, TargetRef,
+    Action, Argument, Binding, Call, Code, CollectiveAlgorithm, Explanations, Implementation, Kernel, LinkRequirement,
+    Manifest, Place, PlacedWeight, Plan, PlanAxis, PlanEntry, PlanPiece, PlanPort, PlanState, PlanWeight, Program,
+    SplitDim, Step, TargetRef, predicted_ns,
 };
-use planfile::{DType, Op, RankScalar, Spec, Target, TensorType};
+use planfile::{DType, Spec, Target, TensorType};
 
 use crate::cost;
 use crate::error::PassError;
@@ -51,7 +52,7 @@ pub fn run(scheduled: &Scheduled, target: &Target, assembler: &dyn Assembler) ->
             outputs: entry.outputs.iter().map(port).collect(),
             frozen: entry.frozen.clone(),
             programs: (first..programs.len() as u32).collect(),
-            predicted_ns: own.flat_map(|program| &program.steps).map(|step| step.cost.predicted_ns).sum(),
+            predicted_ns: predicted_ns(own),
         });
     }
     let links = links(&programs, target);
@@ -92,10 +93,10 @@ pub fn run(scheduled: &Scheduled, target: &Target, assembler: &dyn Assembler) ->
     };
     let explanations = Explanations { names: lowering.names, ..Explanations::default() };
     let architecture = &target.device.architecture;
-    let cubins =
-        if lowering.sources.is_empty() { Vec::new() } else { assembler.assemble(&lowering.sources, architecture)? };
-    if cubins.len() != lowering.sources.len() {
-        return Err(PassError::invalid("lower", format!("{} cubins of {}", cubins.len(), lowering.sources.len())));
+    let labelled: Vec<KernelSource> = lowering.sources.iter().map(Labelled::source).collect();
+    let cubins = if labelled.is_empty() { Vec::new() } else { assembler.assemble(&labelled, architecture)? };
+    if cubins.len() != labelled.len() {
+        return Err(PassError::invalid("lower", format!("{} cubins of {}", cubins.len(), labelled.len())));
     }
     let code = cubins.into_iter().map(|cubin| Code { architecture: architecture.clone(), cubin }).collect();
     Ok(Plan { manifest, programs, kernels: lowering.kernels, code, explanations })
@@ -106,6 +107,19 @@ pub fn run(scheduled: &Scheduled, target: &Target, assembler: &dyn Assembler) ->
 pub struct KernelSource {
     pub symbol: String,
     pub source: String,
+}
+
+/// A source with the labels of all kernels that share it.
+struct Labelled {
+    kernel: KernelSource,
+    labels: Vec<[u8; LABEL_BYTES]>,
+}
+
+impl Labelled {
+    fn source(&self) -> KernelSource {
+        let KernelSource { symbol, source } = &self.kernel;
+        KernelSource { symbol: symbol.clone(), source: format!("{source}\n{}", launch::declaration(&self.labels)) }
+    }
 }
 
 /// Makes machine code of CUDA C++: passes do no I/O, and a compiler is a library to be found and loaded.
@@ -143,29 +157,7 @@ fn states(module: &ir::Module) -> Vec<PlanState> {
 
 /// The links between ranks that exchange data.
 fn links(programs: &[Program], target: &Target) -> Vec<LinkRequirement> {
-    let mut pairs = BTreeSet::new();
-    for program in programs {
-        for step in &program.steps {
-            let Action::Collective { op, .. } = &step.action else { continue };
-            match op {
-                Op::AllReduce { groups, .. }
-                | Op::AllGather { groups, .. }
-                | Op::ReduceScatter { groups, .. }
-                | Op::AllToAll { groups, .. } => {
-                    for group in groups {
-                        pairs.extend(
-                            group.iter().flat_map(|&a| group.iter().filter(move |&&b| a < b).map(move |&b| (a, b))),
-                        );
-                    }
-                }
-                Op::Send { peers, .. } | Op::Recv { peers, .. } => {
-                    let ordered = program.ranks.iter().zip(peers).map(|(&a, &b)| (a.min(b), a.max(b)));
-                    pairs.extend(ordered);
-                }
-                _ => {}
-            }
-        }
-    }
+    let pairs: BTreeSet<(u32, u32)> = programs.iter().flat_map(Program::exchanging).collect();
     let class = |(a, b): (u32, u32)| {
         let link = *target.topology.get(a as usize)?.get(b as usize)?;
         let class = target.links.get(link as usize)?.name.clone();
@@ -179,7 +171,7 @@ struct Lowering<'a> {
     target: &'a Target,
     kernels: Vec<Kernel>,
     kernel_index: HashMap<Spec, u32>,
-    sources: Vec<KernelSource>,
+    sources: Vec<Labelled>,
     names: Vec<String>,
     name_index: HashMap<String, u32>,
     placed: Vec<PlacedWeight>,
@@ -202,8 +194,9 @@ impl Lowering<'_> {
         for (index, region) in schedule.regions.iter().enumerate() {
             if let Some(region) = region {
                 let mut step = self.step(graph, schedule, stage, index, region)?;
-                if let (Some(Selected::Launch(Launch { checks: true, .. })), Action::Launch { scalars, .. }) =
-                    (&region.selected, &mut step.action)
+                if let (Some(spec), Some(Selected::Launch(_)), Action::Launch { scalars, .. }) =
+                    (&region.spec, &region.selected, &mut step.action)
+                    && spec.checks_indices()
                 {
                     scalars.push(Argument::Fault { word: faults });
                     faults += 1;
@@ -221,6 +214,7 @@ impl Lowering<'_> {
                 memory_bytes: 2 * bytes,
                 ..Default::default()
             };
+            let cost = cost.capped();
             steps.push(Step { action: Action::Copy { from, to }, stream: 0, waits: vec![], origin: vec![], cost });
         }
         for output in &graph.outputs {
@@ -267,11 +261,11 @@ impl Lowering<'_> {
                 Action::Launch { kernel, operands, results, scalars: vec![], launch: None }
             }
             (Some(spec), Some(Selected::Launch(launch))) => {
-                let kernel = self.kernel(spec, &launch.symbol, |lowering| lowering.code(launch));
-                let scalar = |value: &RankScalar| Argument::Scalar { value: value.clone() };
-                let scalars = launch.scalars.iter().map(scalar).collect();
-                let grid = launch.grid.map(|size| RankScalar::Uniform(i64::from(size)));
-                let shape = LaunchShape { grid, block: launch.block, shared_bytes: launch.shared_bytes };
+                let invalid = |why: String| PassError::invalid("lower", why);
+                let label = launch::label(spec, &launch.symbol, &launch.rule).map_err(invalid)?;
+                let kernel = self.kernel(spec, &launch.symbol, |lowering| lowering.code(launch, label));
+                let scalars = spec.rank_scalars().into_iter().map(|value| Argument::Scalar { value }).collect();
+                let shape = launch.rule.shape(spec).map_err(invalid)?;
                 Action::Launch { kernel, operands, results, scalars, launch: Some(shape) }
             }
             (Some(spec), Some(Selected::Library { library, call, workspace_bytes })) => {
@@ -296,7 +290,7 @@ impl Lowering<'_> {
                 origin.push(name);
             }
         }
-        Ok(Step { action, stream: 0, waits: vec![], origin, cost: cost::region(graph, region, self.target) })
+        Ok(Step { action, stream: 0, waits: vec![], origin, cost: cost::region(graph, region, self.target).capped() })
     }
 
     /// Whether the host executes this plan.
@@ -318,14 +312,15 @@ impl Lowering<'_> {
     }
 
     /// Where the kernel's machine code will be: sources that are the same share it.
-    fn code(&mut self, launch: &Launch) -> Implementation {
-        let source = KernelSource { symbol: launch.symbol.clone(), source: launch.source.clone() };
-        let known = self.sources.iter().position(|known| *known == source);
+    fn code(&mut self, launch: &Launch, label: [u8; LABEL_BYTES]) -> Implementation {
+        let kernel = KernelSource { symbol: launch.symbol.clone(), source: launch.source.clone() };
+        let known = self.sources.iter().position(|known| known.kernel == kernel);
         let code = known.unwrap_or_else(|| {
-            self.sources.push(source);
+            self.sources.push(Labelled { kernel, labels: Vec::new() });
             self.sources.len() - 1
         });
-        Implementation::Cuda { code: code as u32, symbol: launch.symbol.clone() }
+        self.sources[code].labels.push(label);
+        Implementation::Cuda { code: code as u32, symbol: launch.symbol.clone(), rule: launch.rule.clone() }
     }
 
     fn name(&mut self, name: &str) -> u32 {
@@ -435,7 +430,7 @@ fn dims_key(dims: &[u8]) -> Vec<PlanPiece> {
 mod tests {
     use cpu::recipe::NoFiles;
     use ir::Mesh;
-    use planfile::{DType, TensorType};
+    use planfile::Op;
 
     use super::*;
     use crate::pipeline::{Options, Settings};
@@ -483,7 +478,6 @@ mod tests {
         let settings = Settings { weights: &NoFiles, options: Options::default(), shard, target: &target };
         let module = ir::text::parse_lines(text).unwrap();
         let plan = crate::compile::run(module, &settings, &Unrun, &mut |_, _| {}).unwrap().unwrap().plan;
-        assert_eq!(planfile::verify::verify(&plan), Ok(()));
         let reads_indices = |step: &Step| {
             let Action::Launch { kernel, .. } = &step.action else { return false };
             let mut nodes = plan.kernels[*kernel as usize].spec.nodes.iter();

@@ -17,6 +17,7 @@ mod walk;
 
 pub use coverage::{IdleAxis, Whole, idle_axes, whole};
 use ir::{Graph, Mesh, MeshAxis, Module, Placement, Split, SubAxes};
+use planfile::plan::MAX_PREDICTED_NS;
 use planfile::{Dim, Target};
 
 use crate::cost;
@@ -106,7 +107,8 @@ pub fn rank_meshes(module: &Module, devices: u32, settings: &Settings<'_>) -> Re
 /// Time of a run of all entries, each node by itself, before any are fused.
 pub fn predicted_ns(placed: &Module, target: &Target) -> u64 {
     let nodes = placed.graphs.iter().flat_map(|graph| graph.nodes.iter().map(move |node| (graph, node)));
-    nodes.map(|(graph, node)| cost::node(graph, node, target).predicted_ns).sum()
+    let times = nodes.map(|(graph, node)| cost::node(graph, node, target).predicted_ns);
+    times.fold(0, u64::saturating_add).min(MAX_PREDICTED_NS)
 }
 
 /// Predicted time on one device, as [`rank_meshes`] predicts it.
@@ -195,12 +197,12 @@ fn stages(graph: &Graph, count: usize, target: &Target) -> Vec<usize> {
         return vec![0; graph.nodes.len()];
     }
     let times: Vec<u64> = graph.nodes.iter().map(|node| cost::node(graph, node, target).predicted_ns).collect();
-    let total: u64 = times.iter().sum::<u64>().max(1);
-    let mut before = 0u64;
-    let stage = |time: &u64| {
-        let middle = u128::from(before) + u128::from(*time) / 2;
-        before += time;
-        ((middle * count as u128 / u128::from(total)) as usize).min(count - 1)
+    let total = times.iter().map(|&time| u128::from(time)).sum::<u128>().max(1);
+    let mut before = 0u128;
+    let stage = |&time: &u64| {
+        let middle = before + u128::from(time) / 2;
+        before += u128::from(time);
+        ((middle * count as u128 / total) as usize).min(count - 1)
     };
     times.iter().map(stage).collect()
 }

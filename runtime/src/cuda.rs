@@ -4,7 +4,6 @@
 //! it. One thread per rank lives as long as its context; each entry becomes one CUDA graph per rank and program, with
 //! the collectives in it.
 
-mod architecture;
 mod context;
 mod cublaslt;
 mod cudnn;

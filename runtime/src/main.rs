@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
+use planfile::trust::{Trusted, trusted};
 use planfile::{PlanError, PlanFile, diff, replace};
 use runtime::cli::{
     Allocator, BenchFlags, Data, DeviceFlags, Exit, Failure, Program, Shell, ToleranceFlags, bench, bytes_bar, check,
@@ -213,13 +214,14 @@ fn execute(command: Command) -> Result<Exit, Failure> {
             Ok(Exit::Success)
         }
         Command::Verify { plan, json } => match verify(&plan) {
-            Ok(bytes) => {
+            Ok((bytes, trusted)) => {
                 if json {
-                    print_json(&json!({ "sound": true, "bytes": bytes }))
+                    print_json(&json!({ "sound": true, "bytes": bytes, "trusted": trusted }))
                 } else {
+                    let lines: String = trusted.iter().map(|trusted| format!("  {trusted}\n")).collect();
+                    let plan = plan.display();
                     print(&format!(
-                        "{} is sound: every byte matches its hash, and the plan holds together\n",
-                        plan.display()
+                        "{plan} is sound: every byte matches its hash, and the plan holds together\ntaken on trust:\n{lines}"
                     ))
                 }?;
                 Ok(Exit::Success)
@@ -260,15 +262,15 @@ fn execute(command: Command) -> Result<Exit, Failure> {
     }
 }
 
-/// Checks the whole file; its length in bytes.
-fn verify(path: &std::path::Path) -> Result<u64, PlanError> {
+/// Checks the whole file; its length in bytes, and what no check vouches for.
+fn verify(path: &std::path::Path) -> Result<(u64, Vec<Trusted>), PlanError> {
     let file = PlanFile::open(path)?;
     let length = file.span(planfile::container::Section::Weights);
     let total = length.offset.saturating_add(length.bytes);
     let bar = bytes_bar("verifying", total);
     file.verify_all(|done| bar.set_position(done))?;
     bar.finish_and_clear();
-    Ok(total)
+    Ok((total, trusted(file.plan())))
 }
 
 #[cfg(test)]

@@ -62,7 +62,13 @@ fn negation() -> Plan {
             ranks: vec![0, 1],
             inputs: vec![Binding { port: 0, place: place(0), splits: splits.clone() }],
             outputs: vec![Binding { port: 0, place: place(256), splits }],
-            steps: vec![Step { action: launch, stream: 0, waits: vec![], origin: vec![0], cost: StepCost::default() }],
+            steps: vec![Step {
+                action: launch,
+                stream: 0,
+                waits: vec![],
+                origin: vec![0],
+                cost: StepCost { predicted_ns: 1500, ..Default::default() },
+            }],
             arena_bytes: 512,
             peer_arena_bytes: 0,
             streams: 1,
@@ -259,7 +265,10 @@ fn plans_are_inspected_and_verified() {
     let summary: Value = serde_json::from_str(&desk.plan(&["inspect", "x.plan", "--json"]).succeeds()).unwrap();
     assert_eq!(summary["devices"][1]["activation_bytes"], 512);
     assert!(desk.plan(&["inspect", "x.plan", "--text"]).succeeds().contains("/Neg"));
-    assert!(desk.plan(&["verify", "x.plan"]).succeeds().contains("x.plan is sound"));
+    let out = desk.plan(&["verify", "x.plan"]).succeeds();
+    assert!(out.contains("x.plan is sound") && out.contains("taken on trust:\n  predicted times"), "{out}");
+    let verdict: Value = serde_json::from_str(&desk.plan(&["verify", "x.plan", "--json"]).succeeds()).unwrap();
+    assert_eq!(verdict["trusted"], serde_json::json!([{ "what": "predictions" }]));
 }
 
 #[test]
@@ -291,6 +300,11 @@ fn plans_for_gpus_need_a_driver_or_virtual_devices() {
     let desk = Desk::new();
     let mut plan = negation();
     plan.manifest.target.architecture = "sm_90a".to_owned();
+    // No code is needed where bytes only move.
+    plan.kernels.clear();
+    let program = &mut plan.programs[0];
+    let (from, to) = (program.inputs[0].place.clone(), program.outputs[0].place.clone());
+    program.steps[0].action = Action::Copy { from, to };
     write_plan::<PlanError>(&desk.path("gpu.plan"), &plan, |_| Ok(())).unwrap();
     let words = ["the CUDA driver was not found", "absent.so", "PLANWRIGHT_CUDA_DRIVER", "--devices cpu"];
     for command in ["run", "bench", "check"] {

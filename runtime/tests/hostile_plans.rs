@@ -71,7 +71,7 @@ fn sum() -> Plan {
                 outputs: vec![port("y")],
                 frozen: vec![],
                 programs: vec![0],
-                predicted_ns: 1,
+                predicted_ns: 0,
             }],
             weights: vec![PlanWeight {
                 name: "w".to_owned(),

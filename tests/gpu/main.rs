@@ -13,6 +13,7 @@ mod kernels;
 mod models;
 #[path = "../routing/mod.rs"]
 mod routing;
+mod sample_plan;
 
 use planfile::{DType, Tensor};
 use runtime::compare::to_f64s;

@@ -12,11 +12,12 @@
 //! they meet the values, as queries and keys are. Tiles of keys that no query of a block sees are not read, so that NaN
 //! among their values does not spread as it does where weights of zero are multiplied.
 
+use planfile::launch::Factor;
 use planfile::op::{Causal, Real};
 use planfile::types::strides;
 use planfile::{DType, Op, Spec, TensorType};
 
-use super::block::{Shape, Unit, is_static, launch_for};
+use super::block::{Shape, Unit, is_static, launch_for, sizes_of, tiles};
 use super::view::{Axis, View, producer, reshaped, view};
 use super::{Launch, Options};
 
@@ -33,6 +34,10 @@ const KEY_TILE: u64 = 64;
 
 /// The attention of a specification, and how its operands and result lie in memory.
 struct Matched<'a> {
+    /// The number of what the attention itself gives, `[batch, head, query, feature]`.
+    value: u32,
+    /// The number of the keys, `[batch, group, key, feature]`.
+    keys_value: u32,
     scale: Real,
     causal: Option<Causal>,
     softcap: Real,
@@ -111,6 +116,8 @@ impl<'a> Matched<'a> {
             return None;
         }
         Some(Self {
+            value,
+            keys_value: *node.operands.get(1)?,
             scale,
             causal,
             softcap,
@@ -175,13 +182,10 @@ impl<'a> Matched<'a> {
         format!("{symbol}(in{q}, in{k}, in{v}, static_cast<const Mask*>({mask}), out0)")
     }
 
-    /// Blocks for tiles of so many queries, `parts` for each.
-    fn blocks(&self, tile: u64, parts: u64) -> Option<u64> {
-        let counts = [self.batches, self.heads, self.queries.div_ceil(tile), parts];
-        if self.values == 0 {
-            return Some(0);
-        }
-        counts.into_iter().try_fold(1u64, u64::checked_mul)
+    /// Blocks for tiles of so many queries and so many values.
+    fn blocks(&self, queries: u64, values: u64) -> [Factor; 3] {
+        let of = |axes| sizes_of(self.value, axes);
+        [tiles(of(0..2), 1), tiles(of(2..3), queries), tiles(of(3..4), values)]
     }
 
     fn tiles(&self, spec: &Spec, mut unit: Unit) -> Option<Launch> {
@@ -200,9 +204,8 @@ impl<'a> Matched<'a> {
         unit.text(format_args!("#define ATTENTION_TILES 1"));
         let queries = 16 * warps.cast_unsigned();
         let pitches = (queries + KEY_TILE) * (features + 8) + KEY_TILE * (values + 8);
-        let blocks = self.blocks(queries, 1)?;
-        let shape = Shape::flat(blocks, 32 * warps as u32)?.shared(2 * pitches as u32);
-        self.launch(spec, unit, blocks, "attention_tiles", BODY, shape)
+        let shape = Shape::flat(self.blocks(queries, values), 32 * warps as u32).shared(2 * pitches as u32);
+        self.launch(spec, unit, "attention_tiles", BODY, shape)
     }
 
     fn lanes(&self, spec: &Spec, mut unit: Unit) -> Option<Launch> {
@@ -216,13 +219,12 @@ impl<'a> Matched<'a> {
         unit.text(format_args!("#define ATTENTION_TILES 0"));
         let rows = rows.cast_unsigned();
         let elements = 4 * rows * features + 32 * (features + 1) + 32 * values + 4 * 32 * rows;
-        let blocks = self.blocks(4 * rows, self.values.div_ceil(values))?;
-        let shape = Shape::flat(blocks, 128)?.shared((bytes * elements) as u32).resident(4);
-        self.launch(spec, unit, blocks, "attention_lanes", BODY, shape)
+        let shape = Shape::flat(self.blocks(4 * rows, values), 128).shared((bytes * elements) as u32).resident(4);
+        self.launch(spec, unit, "attention_lanes", BODY, shape)
     }
 
-    fn launch(&self, spec: &Spec, unit: Unit, blocks: u64, symbol: &str, body: &str, shape: Shape) -> Option<Launch> {
-        if blocks == 0 {
+    fn launch(&self, spec: &Spec, unit: Unit, symbol: &str, body: &str, shape: Shape) -> Option<Launch> {
+        if [self.batches, self.heads, self.queries, self.values].contains(&0) {
             return launch_for(spec, Unit::new(), "nothing", "DEVICE void nothing() {}", "nothing()", shape.shared(0));
         }
         launch_for(spec, unit, symbol, body, &self.call(symbol), shape)
@@ -294,8 +296,8 @@ mod tests {
         for (architecture, most) in [("sm_80", 163 << 10), ("sm_86", 99 << 10), ("sm_90a", 227 << 10)] {
             let options = Options { architecture: architecture.to_owned(), ..options() };
             for (name, spec) in attentions() {
-                let launch = select(&spec, &options).unwrap_or_else(|| panic!("{name} is refused"));
-                assert!(launch.shared_bytes <= most, "{name} on {architecture}: {} bytes", launch.shared_bytes);
+                let rule = select(&spec, &options).unwrap_or_else(|| panic!("{name} is refused")).rule;
+                assert!(rule.shared_bytes <= most, "{name} on {architecture}: {} bytes", rule.shared_bytes);
             }
         }
     }

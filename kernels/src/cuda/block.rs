@@ -2,15 +2,13 @@
 
 use std::fmt::Write as _;
 
-use planfile::{DType, Op, Spec, TensorType};
+use planfile::launch::{Factor, SizeOf};
+use planfile::{DType, LaunchRule, Op, Spec, TensorType};
 
 use super::{FAULT, Launch};
 
 const SCALAR: &str = include_str!("../../cuda/scalar.cuh");
 const BLOCK: &str = include_str!("../../cuda/block.cuh");
-
-/// Blocks along the first dimension of a grid, at most.
-const GRID_MAX: u64 = (1 << 31) - 1;
 
 /// A specification that is one primitive on static shapes.
 pub(super) struct Only<'a> {
@@ -20,16 +18,7 @@ pub(super) struct Only<'a> {
     pub(super) results: Vec<TensorType>,
     /// What the call passes: operands and results in the primitive's order, by the names of the parameters.
     arguments: Vec<String>,
-    parameters: Parameters,
-}
-
-/// What a kernel is launched with.
-#[derive(Clone, Copy)]
-struct Parameters {
-    inputs: usize,
-    results: usize,
-    /// See [`Launch::checks`].
-    checks: bool,
+    spec: &'a Spec,
 }
 
 /// Whether all sizes are known at compile time.
@@ -61,20 +50,16 @@ impl<'a> Only<'a> {
                 None => arguments.push("nullptr".to_owned()),
             }
         }
-        (found == spec.results.len()).then_some(Self {
-            op: &node.op,
-            operands,
-            results,
-            arguments,
-            parameters: Parameters { inputs, results: found, checks: false },
-        })
+        (found == spec.results.len()).then_some(Self { op: &node.op, operands, results, arguments, spec })
     }
 
     /// A launch that does nothing, where no result has an element.
     pub(super) fn nothing(&self) -> Option<Launch> {
         let empty = self.results.iter().all(|result| result.elements() == Some(0));
         let body = "DEVICE void nothing() {}\n";
-        empty.then(|| self.parameters.launch(Unit::new(), "nothing", body, "nothing()", Shape::flat(1, 32)?)).flatten()
+        empty
+            .then(|| launch_for(self.spec, Unit::new(), "nothing", body, "nothing()", Shape::flat(Vec::new(), 32)))
+            .flatten()
     }
 
     /// A launch of the function `symbol` of `body` on the operands and results.
@@ -84,13 +69,17 @@ impl<'a> Only<'a> {
 
     /// As [`Self::launch`], of a function that checks indices: its last argument is the word that it marks.
     pub(super) fn launch_checked(&self, unit: Unit, symbol: &str, body: &str, shape: Shape) -> Option<Launch> {
-        let call = format!("{symbol}({}, fault)", self.arguments.join(", "));
-        Parameters { checks: true, ..self.parameters }.launch(unit, symbol, body, &call, shape)
+        self.launch_call(unit, symbol, body, &format!("{symbol}({}, fault)", self.arguments.join(", ")), shape)
     }
 
     /// As [`Self::launch`], with the call spelled out.
     pub(super) fn launch_call(&self, unit: Unit, symbol: &str, body: &str, call: &str, shape: Shape) -> Option<Launch> {
-        self.parameters.launch(unit, symbol, body, call, shape)
+        launch_for(self.spec, unit, symbol, body, call, shape)
+    }
+
+    /// Sizes of some axes of an operand, for the grid.
+    pub(super) fn sizes_of_operand(&self, operand: usize, axes: impl IntoIterator<Item = usize>) -> Vec<SizeOf> {
+        sizes_of(self.spec.nodes[0].operands[operand], axes)
     }
 
     /// What stands for an operand, or beyond them a result, in a call.
@@ -99,53 +88,46 @@ impl<'a> Only<'a> {
     }
 }
 
-/// A launch of `call`, for a specification matched otherwise; pointers are named `in0…` and `out0…`.
-pub(super) fn launch_for(
-    spec: &Spec,
-    unit: Unit,
-    symbol: &str,
-    body: &str,
-    call: &str,
-    shape: Shape,
-) -> Option<Launch> {
-    let parameters = Parameters { inputs: spec.inputs.len(), results: spec.results.len(), checks: false };
-    parameters.launch(unit, symbol, body, call, shape)
+/// Sizes of some axes of a value of the specification, for the grid.
+pub(super) fn sizes_of(value: u32, axes: impl IntoIterator<Item = usize>) -> Vec<SizeOf> {
+    axes.into_iter().map(|axis| SizeOf { value, axis: axis as u8 }).collect()
 }
 
-impl Parameters {
-    fn launch(self, unit: Unit, name: &str, body: &str, call: &str, shape: Shape) -> Option<Launch> {
-        let inputs = (0..self.inputs).map(|i| format!("const void* __restrict__ in{i}"));
-        let results = (0..self.results).map(|i| format!("void* __restrict__ out{i}"));
-        let fault = self.checks.then(|| FAULT.to_owned());
-        let parameters: Vec<String> = inputs.chain(results).chain(fault).collect();
-        let threads: u32 = shape.block.iter().product();
-        let symbol = format!("{name}_kernel");
-        let cluster =
-            if shape.cluster > 1 { format!("__cluster_dims__({}, 1, 1) ", shape.cluster) } else { String::new() };
-        let source = format!(
-            "{SCALAR}\n{BLOCK}\n{}\n{body}\n\
-             extern \"C\" __global__ void {cluster}__launch_bounds__({threads}, {}) {symbol}(\n    {}) {{\n\
-             \x20   {call};\n}}\n",
-            unit.text,
-            shape.resident,
-            parameters.join(",\n    "),
-        );
-        Some(Launch {
-            symbol,
-            source,
-            grid: [u32::try_from(shape.blocks).ok()?, 1, 1],
-            block: shape.block,
-            shared_bytes: shape.shared_bytes,
-            scalars: Vec::new(),
-            checks: self.checks,
-        })
+/// Blocks of `tile` elements each that cover the sizes.
+pub(super) const fn tiles(sizes: Vec<SizeOf>, tile: u64) -> Factor {
+    Factor::Tiles { sizes, tile }
+}
+
+/// A launch of `call`; pointers are named `in0…` and `out0…`. `None` where the specification has numbers that differ by
+/// rank, or where its grid is larger than a launch takes.
+pub(super) fn launch_for(spec: &Spec, unit: Unit, name: &str, body: &str, call: &str, shape: Shape) -> Option<Launch> {
+    let rule =
+        LaunchRule { grid: [shape.blocks, vec![], vec![]], block: shape.block, shared_bytes: shape.shared_bytes };
+    if !spec.rank_scalars().is_empty() || rule.shape(spec).is_err() {
+        return None;
     }
+    let inputs = (0..spec.inputs.len()).map(|i| format!("const void* __restrict__ in{i}"));
+    let results = (0..spec.results.len()).map(|i| format!("void* __restrict__ out{i}"));
+    let fault = spec.checks_indices().then(|| FAULT.to_owned());
+    let parameters: Vec<String> = inputs.chain(results).chain(fault).collect();
+    let threads: u32 = shape.block.iter().product();
+    let symbol = format!("{name}_kernel");
+    let cluster = if shape.cluster > 1 { format!("__cluster_dims__({}, 1, 1) ", shape.cluster) } else { String::new() };
+    let source = format!(
+        "{SCALAR}\n{BLOCK}\n{}\n{body}\n\
+         extern \"C\" __global__ void {cluster}__launch_bounds__({threads}, {}) {symbol}(\n    {}) {{\n\
+         \x20   {call};\n}}\n",
+        unit.text,
+        shape.resident,
+        parameters.join(",\n    "),
+    );
+    Some(Launch { symbol, source, rule })
 }
 
 /// Blocks and threads of a launch.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub(super) struct Shape {
-    blocks: u64,
+    blocks: Vec<Factor>,
     block: [u32; 3],
     shared_bytes: u32,
     /// Blocks per multiprocessor that registers are to leave room for.
@@ -155,14 +137,14 @@ pub(super) struct Shape {
 }
 
 impl Shape {
-    /// `None` where the grid is larger than a launch takes. At least one block.
-    pub(super) fn flat(blocks: u64, threads: u32) -> Option<Self> {
+    /// As many blocks as the product of the factors, at least one.
+    pub(super) fn flat(blocks: impl Into<Vec<Factor>>, threads: u32) -> Self {
         Self::plane(blocks, [threads, 1])
     }
 
-    pub(super) fn plane(blocks: u64, threads: [u32; 2]) -> Option<Self> {
+    pub(super) fn plane(blocks: impl Into<Vec<Factor>>, threads: [u32; 2]) -> Self {
         let block = [threads[0], threads[1], 1];
-        (blocks <= GRID_MAX).then_some(Self { blocks: blocks.max(1), block, shared_bytes: 0, resident: 1, cluster: 1 })
+        Self { blocks: blocks.into(), block, shared_bytes: 0, resident: 1, cluster: 1 }
     }
 
     pub(super) fn shared(self, shared_bytes: u32) -> Self {
@@ -271,16 +253,24 @@ pub(super) struct Axis {
 
 /// Fewer dimensions for the same walk: neighbours that one stride serves become one, those of size 1 go.
 pub(super) fn collapse(dims: &[Axis]) -> Vec<Axis> {
-    let mut collapsed: Vec<Axis> = Vec::new();
-    for dim in dims.iter().filter(|dim| dim.size != 1) {
-        match collapsed.last_mut() {
-            Some(last) if last.stride == dim.stride.saturating_mul(dim.size) => {
-                *last = Axis { size: last.size.saturating_mul(dim.size), stride: dim.stride };
-            }
-            _ => collapsed.push(*dim),
+    let whole = |group: &Vec<usize>| {
+        let size = group.iter().fold(1u64, |size, &position| size.saturating_mul(dims[position].size));
+        Axis { size, stride: group.last().map_or(0, |&position| dims[position].stride) }
+    };
+    neighbours(dims).iter().map(whole).collect()
+}
+
+/// The positions of the dimensions that [`collapse`] makes one of.
+pub(super) fn neighbours(dims: &[Axis]) -> Vec<Vec<usize>> {
+    let mut groups: Vec<Vec<usize>> = Vec::new();
+    for (position, dim) in dims.iter().enumerate().filter(|(_, dim)| dim.size != 1) {
+        let before = groups.last().and_then(|group| group.last()).map(|&last| dims[last].stride);
+        match groups.last_mut().filter(|_| before == Some(dim.stride.saturating_mul(dim.size))) {
+            Some(group) => group.push(position),
+            None => groups.push(vec![position]),
         }
     }
-    collapsed
+    groups
 }
 
 /// The dimensions of a dense tensor.
@@ -337,9 +327,9 @@ impl Row {
         self.packs * self.vector <= HELD_MAX
     }
 
-    /// Blocks for so many rows.
-    pub(super) fn blocks(self, rows: u64) -> u64 {
-        rows.div_ceil(u64::from(self.block / self.threads))
+    /// Blocks for rows of which there are as many as the sizes make.
+    pub(super) fn blocks(self, rows: Vec<SizeOf>) -> [Factor; 1] {
+        [tiles(rows, u64::from(self.block / self.threads))]
     }
 
     /// Declares `VECTOR`, `THREADS`, `PACKS` and `ROWS_PER_BLOCK`.
@@ -427,10 +417,11 @@ mod tests {
             let (found, selected) = select(&spec, &options).unwrap_or_else(|why| panic!("{name}: {why}"));
             let Selected::Launch(launch) = selected else { panic!("{name}: a library") };
             assert_eq!(found, family, "{name}");
-            let threads: u32 = launch.block.iter().product();
+            let shape = launch.rule.shape(&spec).unwrap();
+            let threads: u32 = shape.block.iter().product();
             assert!((32..=1024).contains(&threads) && threads.is_multiple_of(32), "{name}: {threads} threads");
-            assert!(launch.grid.iter().all(|&blocks| blocks > 0), "{name}");
-            assert!(launch.shared_bytes <= 163 << 10, "{name}: {} bytes", launch.shared_bytes);
+            assert!(shape.grid.iter().all(|blocks| *blocks != 0.into()), "{name}");
+            assert!(shape.shared_bytes <= 163 << 10, "{name}: {} bytes", shape.shared_bytes);
             assert!(launch.source.contains(&format!(" {}(", launch.symbol)), "{name}");
         }
     }

@@ -28,12 +28,13 @@ mod resize;
 mod tests;
 
 use planfile::op::{PoolKind, ResizeMode};
-use planfile::{DType, Op, Spec, TensorType};
+use planfile::{DType, LaunchRule, Op, Spec, TensorType};
 
 use self::affine::Affine;
 pub(super) use self::function::function;
 use self::kernel::{ELEMENT, Kernel, Operand};
 use self::literal::element;
+use super::block::{sizes_of, tiles};
 use super::{FAULT, Launch, Options};
 
 const SCALAR: &str = include_str!("../../cuda/scalar.cuh");
@@ -287,7 +288,7 @@ impl Plan {
         let results =
             results.map(|(n, &result)| format!("{}* __restrict__ y{n}", pointer(&self.types[result as usize])));
         let scalars = (0..kernel.scalars.len()).map(|n| format!("const i64 s{n}"));
-        let fault = kernel.checks.then(|| FAULT.to_owned());
+        let fault = spec.checks_indices().then(|| FAULT.to_owned());
         let parameters: Vec<String> = inputs.chain(results).chain(scalars).chain(fault).collect();
         let symbol = symbol(spec);
         let index = if self.wide { "u64" } else { "u32" };
@@ -297,11 +298,13 @@ impl Plan {
             self.block,
             parameters.join(",\n    "),
         );
-        let blocks = (self.count / self.lanes).div_ceil(self.block * self.rounds).max(1);
-        let grid = [u32::try_from(blocks).ok().filter(|&blocks| blocks < 1 << 31)?, 1, 1];
+        let result = *spec.results.first()?;
+        let sizes = sizes_of(result, 0..self.types[result as usize].rank());
+        let blocks = vec![tiles(sizes, self.lanes * self.block * self.rounds)];
         let block = [u32::try_from(self.block).ok()?, 1, 1];
-        let (scalars, checks) = (kernel.scalars.clone(), kernel.checks);
-        Some(Launch { symbol, source, grid, block, shared_bytes: 0, scalars, checks })
+        let rule = LaunchRule { grid: [blocks, vec![], vec![]], block, shared_bytes: 0 };
+        rule.shape(spec).ok()?;
+        Some(Launch { symbol, source, rule })
     }
 }
 

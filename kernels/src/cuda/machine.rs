@@ -1,5 +1,7 @@
 //! What an architecture allows a block.
 
+use planfile::Architecture;
+
 /// Blocks of a cluster that every device with clusters can run.
 pub(super) const CLUSTER_MAX: u64 = 8;
 
@@ -12,13 +14,9 @@ pub(super) struct Machine {
 
 impl Machine {
     pub(super) fn of(architecture: &str) -> Self {
-        let number = architecture.trim_start_matches("sm_").trim_end_matches(['a', 'f']);
-        let shared = match number {
-            "80" | "87" => 163,
-            "90" | "100" | "103" | "110" => 227,
-            _ => 99,
-        };
-        let clusters = number.parse::<u32>().is_ok_and(|number| number >= 90);
-        Self { shared_bytes: shared << 10, clusters }
+        // One that is not known allows nothing.
+        let device = architecture.parse::<Architecture>().ok().and_then(Architecture::cuda);
+        let shared_bytes = device.map_or(0, |device| u64::from(device.shared_bytes_max()));
+        Self { shared_bytes, clusters: device.is_some_and(|device| device.has_clusters()) }
     }
 }

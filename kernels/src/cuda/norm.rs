@@ -45,7 +45,7 @@ pub(super) fn select(spec: &Spec, _options: &Options) -> Option<Launch> {
     unit.flag("HAS_SCALE", scale);
     unit.flag("HAS_BIAS", bias);
     // The body always takes both; what is absent is not read.
-    let shape = Shape::flat(row.blocks(lines), row.block)?;
+    let shape = Shape::flat(row.blocks(only.sizes_of_operand(0, 0..usize::from(axis))), row.block);
     let passed = |present: bool, at: usize| if present { only.argument(at) } else { "nullptr" };
     let call = format!(
         "norm_rows({}, {}, {}, {})",

@@ -9,10 +9,11 @@
 //! up to 26,000 hidden units of `f32`. On `sm_80` (163 KiB) it is up to 20,000, or 13,000 of an LSTM and of a GRU that
 //! resets early; on `sm_86` (99 KiB) up to 60 % of that; of `f64` half as many. Wider ones have no kernel.
 
+use planfile::launch::Factor;
 use planfile::op::Cell;
 use planfile::{DType, Expr, Op, Spec};
 
-use super::block::{Only, Shape, Unit};
+use super::block::{Only, Shape, Unit, tiles};
 use super::generated::function;
 use super::machine::{CLUSTER_MAX, Machine};
 use super::{Launch, Options};
@@ -140,8 +141,12 @@ pub(super) fn select(spec: &Spec, options: &Options) -> Option<Launch> {
     let results = [true, true, lstm].map(passed).join(", ");
     let call =
         format!("recurrence({}, {}, {}, {optional}, {results})", only.argument(0), only.argument(1), only.argument(2));
-    let blocks = directions.checked_mul(division.sample_tiles)?.checked_mul(division.blocks)?;
-    let shape = Shape::flat(blocks, 32 * u32::try_from(division.warps).ok()?)?;
+    let blocks = [
+        tiles(only.sizes_of_operand(2, [0]), 1),
+        tiles(only.sizes_of_operand(0, [1]), division.samples),
+        Factor::Count(division.blocks),
+    ];
+    let shape = Shape::flat(blocks, 32 * u32::try_from(division.warps).ok()?);
     let shape = shape.shared(u32::try_from(division.shared_bytes).ok()?).cluster(u32::try_from(division.blocks).ok()?);
     only.launch_call(unit, "recurrence", BODY, &call, shape)
 }

@@ -7,7 +7,7 @@
 use planfile::op::{Combine, ReduceKind};
 use planfile::{DType, Op, Spec};
 
-use super::block::{Axis, Only, Row, Shape, Unit, collapse, dense, widest};
+use super::block::{Axis, Only, Row, Shape, Unit, collapse, dense, tiles, widest};
 use super::{Launch, Options};
 
 const BODY: &str = include_str!("../../cuda/reduce.cu");
@@ -30,6 +30,7 @@ pub(super) fn select(spec: &Spec, _options: &Options) -> Option<Launch> {
     };
     let (kept, reduced) = (pick(false), pick(true));
     let outputs = y.elements()?;
+    let across = only.sizes_of_operand(0, (0..x.rank()).filter(|&axis| !is_reduced(axis)));
     let length = reduced.iter().try_fold(1u64, |product, dim| product.checked_mul(dim.size))?;
     let (code, last) = code(*kind, x.dtype);
     if length == 0 && code >= 5 {
@@ -64,7 +65,7 @@ pub(super) fn select(spec: &Spec, _options: &Options) -> Option<Launch> {
         unit.int("COLUMNS", columns.cast_signed());
         unit.int("SPLITS", splits.cast_signed());
         unit.text(format_args!("#define REDUCE_ROWS 0"));
-        ("reduce_columns", Shape::plane(threads.div_ceil(columns), [columns as u32, splits as u32])?)
+        ("reduce_columns", Shape::plane([tiles(across, vector * columns)], [columns as u32, splits as u32]))
     } else {
         let mut row = Row::of(length, bytes);
         if reduced.len() > 1 || reduced.first().is_some_and(|dim| dim.stride != 1) {
@@ -86,7 +87,7 @@ pub(super) fn select(spec: &Spec, _options: &Options) -> Option<Launch> {
         }
         row.declare(&mut unit);
         unit.text(format_args!("#define REDUCE_ROWS 1"));
-        ("reduce_rows", Shape::flat(row.blocks(outputs), row.block)?)
+        ("reduce_rows", Shape::flat(row.blocks(across), row.block))
     };
     only.launch(unit, symbol, BODY, shape)
 }
@@ -131,8 +132,8 @@ mod tests {
 
     #[test]
     fn few_rows_get_whole_blocks() {
-        assert_eq!(launch(ReduceKind::Mean, &[0], &[1 << 20]).unwrap().block, [1024, 1, 1]);
-        assert_eq!(launch(ReduceKind::Mean, &[1], &[1 << 20, 32]).unwrap().block, [128, 1, 1]);
+        assert_eq!(launch(ReduceKind::Mean, &[0], &[1 << 20]).unwrap().rule.block, [1024, 1, 1]);
+        assert_eq!(launch(ReduceKind::Mean, &[1], &[1 << 20, 32]).unwrap().rule.block, [128, 1, 1]);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use planfile::op::Combine;
 use planfile::{DType, Op, Spec};
 
-use super::block::{Only, Shape, Unit, around};
+use super::block::{Only, Shape, Unit, around, tiles};
 use super::{Launch, Options};
 
 const BODY: &str = include_str!("../../cuda/scan.cu");
@@ -22,6 +22,7 @@ pub(super) fn select(spec: &Spec, _options: &Options) -> Option<Launch> {
     let x = only.operands[0];
     let [outer, length, inner] = around(x, usize::from(axis));
     let lines = outer * inner;
+    let across = only.sizes_of_operand(0, (0..x.rank()).filter(|&own| own != usize::from(axis)));
     let mut unit = Unit::indexing(&[x]);
     unit.alias("Element", x.dtype);
     // Sums of booleans are "or"; products and minima "and", of which nothing is true.
@@ -39,11 +40,11 @@ pub(super) fn select(spec: &Spec, _options: &Options) -> Option<Launch> {
     unit.size("INNER", inner);
     if length <= 16 || (inner >= 32 && lines >= MANY_LINES) {
         unit.text(format_args!("#define SCAN_BLOCKS 0"));
-        return only.launch(unit, "scan_threads", BODY, Shape::flat(lines.div_ceil(128), 128)?);
+        return only.launch(unit, "scan_threads", BODY, Shape::flat([tiles(across, 128)], 128));
     }
     let threads = length.div_ceil(EACH).next_power_of_two().clamp(32, 512);
     unit.int("THREADS", threads.cast_signed());
     unit.int("EACH", EACH.cast_signed());
     unit.text(format_args!("#define SCAN_BLOCKS 1"));
-    only.launch(unit, "scan_blocks", BODY, Shape::flat(lines, threads as u32)?)
+    only.launch(unit, "scan_blocks", BODY, Shape::flat([tiles(across, 1)], threads as u32))
 }

@@ -2,11 +2,12 @@
 //! order. The last of equal indices wins; half types are combined in `f32` and rounded once.
 
 use std::fmt::Write as _;
+use std::ops::Range;
 
 use planfile::op::Combine;
 use planfile::{DType, Op, Spec, TensorType};
 
-use super::block::{Only, Shape, Unit, around, dense};
+use super::block::{Only, Shape, Unit, around, dense, tiles};
 use super::{Launch, Options};
 
 const BODY: &str = include_str!("../../cuda/scatter.cu");
@@ -38,10 +39,10 @@ pub(super) fn select(spec: &Spec, _options: &Options) -> Option<Launch> {
     };
     let columns = lines.inner.next_power_of_two().min(32);
     let owners = THREADS / columns;
-    let tiles = lines.inner.div_ceil(columns);
+    let column_tiles = lines.inner.div_ceil(columns);
     let whole = (HELD_MAX / columns).min(lines.targets);
     // Smaller parts where there are few blocks, but at least two targets for each owner.
-    let share = (lines.targets * lines.outer * tiles).div_ceil(MANY_BLOCKS).max(2 * owners);
+    let share = (lines.targets * lines.outer * column_tiles).div_ceil(MANY_BLOCKS).max(2 * owners);
     let part = whole.min(share);
     let parts = lines.targets.div_ceil(part);
     unit.size("TARGETS", lines.targets);
@@ -49,17 +50,23 @@ pub(super) fn select(spec: &Spec, _options: &Options) -> Option<Launch> {
     unit.size("UPDATES", if updates.elements()? == 0 { 0 } else { lines.updates });
     unit.size("UPDATE_STRIDE", lines.update_stride);
     unit.size("PARTS", parts);
-    unit.size("COLUMN_TILES", tiles);
+    unit.size("COLUMN_TILES", column_tiles);
     unit.int("PART", part.cast_signed());
     unit.int("COLUMNS", columns.cast_signed());
     unit.int("OWNERS", owners.cast_signed());
     unit.int("TARGET_COLUMNS", if by_element.is_some() { columns.cast_signed() } else { 1 });
-    let blocks = parts.checked_mul(tiles)?.checked_mul(lines.outer)?;
-    only.launch_checked(unit, "scatter", BODY, Shape::flat(blocks, THREADS as u32)?)
+    let blocks = [
+        tiles(only.sizes_of_operand(0, 0..lines.axes.start), 1),
+        tiles(only.sizes_of_operand(0, lines.axes.clone()), part),
+        tiles(only.sizes_of_operand(0, lines.axes.end..x.rank()), columns),
+    ];
+    only.launch_checked(unit, "scatter", BODY, Shape::flat(blocks, THREADS as u32))
 }
 
 /// The operand as `[outer, targets, inner]`.
 struct Lines {
+    /// Those of the operand that are the targets; the ones before are outer.
+    axes: Range<usize>,
     outer: u64,
     targets: u64,
     inner: u64,
@@ -94,7 +101,7 @@ fn elements(unit: &mut Unit, axis: usize, x: &TensorType, indices: &TensorType) 
          const i64 target = index < 0 ? index + {targets}ll : index;\n    \
          return target < {targets}ll ? target : -1;\n}}"
     ));
-    Lines { outer, targets, inner, updates: own[axis].size, update_stride: stride }
+    Lines { axes: axis..axis + 1, outer, targets, inner, updates: own[axis].size, update_stride: stride }
 }
 
 /// One line of slices, and a column for each element of a slice; all columns share the targets.
@@ -119,7 +126,7 @@ fn slices(unit: &mut Unit, x: &TensorType, indices: &TensorType) -> Option<Lines
          DEVICE i64 target_of(const Where* indices, Index, Index j) {{\n    bool inside = true;\n    \
          i64 target = 0;{body}\n    return inside ? target : -1;\n}}"
     ));
-    Some(Lines { outer: 1, targets, inner, updates, update_stride: inner })
+    Some(Lines { axes: 0..bounds.len(), outer: 1, targets, inner, updates, update_stride: inner })
 }
 
 /// The number of the combination in the kernel. Sums of booleans are "or", products "and".

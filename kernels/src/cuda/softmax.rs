@@ -4,7 +4,7 @@
 
 use planfile::{Op, Spec};
 
-use super::block::{Only, Row, Shape, Unit, around};
+use super::block::{Only, Row, Shape, Unit, around, tiles};
 use super::{Launch, Options};
 
 const BODY: &str = include_str!("../../cuda/softmax.cu");
@@ -21,6 +21,7 @@ pub(super) fn select(spec: &Spec, _options: &Options) -> Option<Launch> {
     }
     let [outer, length, inner] = around(x, usize::from(axis));
     let lines = outer * inner;
+    let across = only.sizes_of_operand(0, (0..x.rank()).filter(|&own| own != usize::from(axis)));
     let mut unit = Unit::indexing(&[x]);
     unit.alias("Element", x.dtype);
     unit.flag("LOG", log);
@@ -31,12 +32,13 @@ pub(super) fn select(spec: &Spec, _options: &Options) -> Option<Launch> {
         row.declare(&mut unit);
         unit.flag("HELD", row.is_held());
         unit.text(format_args!("#define SOFTMAX_ROWS 1"));
-        return only.launch(unit, "softmax_rows", BODY, Shape::flat(row.blocks(lines), row.block)?);
+        return only.launch(unit, "softmax_rows", BODY, Shape::flat(row.blocks(across), row.block));
     }
     let splits = (length / 8).clamp(1, 16).next_power_of_two();
-    let across = if splits == 1 { 128 } else { 32 };
+    let columns = if splits == 1 { 128 } else { 32 };
     unit.size("INNER", inner);
     unit.int("SPLITS", splits.cast_signed());
     unit.text(format_args!("#define SOFTMAX_ROWS 0"));
-    only.launch(unit, "softmax_columns", BODY, Shape::plane(lines.div_ceil(across), [across as u32, splits as u32])?)
+    let shape = Shape::plane([tiles(across, columns)], [columns as u32, splits as u32]);
+    only.launch(unit, "softmax_columns", BODY, shape)
 }

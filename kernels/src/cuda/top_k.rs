@@ -3,16 +3,15 @@
 
 use planfile::{Op, Spec};
 
-use super::block::{Only, Shape, Unit, around};
+use super::block::{Only, Shape, Unit, around, tiles};
+use super::machine::Machine;
 use super::{Launch, Options};
 
 const BODY: &str = include_str!("../../cuda/top_k.cu");
 
 /// Entries that a block sorts, at most: 64 KiB, or 128 of 64-bit types where that much is shared.
-fn sorted_max(entry_bytes: u64, architecture: &str) -> u64 {
-    const LARGE: [&str; 6] = ["80", "87", "90", "100", "103", "110"];
-    let number = architecture.trim_start_matches("sm_").trim_end_matches(['a', 'f']);
-    if entry_bytes == 8 || LARGE.contains(&number) { 8192 } else { 4096 }
+fn sorted_max(entry_bytes: u64, machine: Machine) -> u64 {
+    if 8192 * entry_bytes <= machine.shared_bytes { 8192 } else { 4096 }
 }
 /// Entries that the lines of a block should make together.
 const SORTED_MIN: u64 = 512;
@@ -26,6 +25,8 @@ pub(super) fn select(spec: &Spec, options: &Options) -> Option<Launch> {
     let x = only.operands[0];
     let [outer, length, inner] = around(x, usize::from(axis));
     let lines = outer * inner;
+    let along = usize::from(axis);
+    let across = only.sizes_of_operand(0, (0..x.rank()).filter(|&own| own != along));
     if length >= 1 << 31 {
         return None;
     }
@@ -37,7 +38,7 @@ pub(super) fn select(spec: &Spec, options: &Options) -> Option<Launch> {
     unit.size("LENGTH", length);
     unit.size("INNER", inner);
     let entry_bytes = if x.dtype.bytes() == 8 { 16 } else { 8 };
-    let sorted_max = sorted_max(entry_bytes, &options.architecture);
+    let sorted_max = sorted_max(entry_bytes, Machine::of(&options.architecture));
     if length <= sorted_max {
         let run = length.next_power_of_two().max(2);
         let lines_per_block = (SORTED_MIN / run).max(1);
@@ -48,7 +49,7 @@ pub(super) fn select(spec: &Spec, options: &Options) -> Option<Launch> {
         unit.int("RUN", run.cast_signed());
         unit.int("LINES_PER_BLOCK", lines_per_block.cast_signed());
         let shape =
-            Shape::flat(lines.div_ceil(lines_per_block), threads as u32)?.shared((entries * entry_bytes) as u32);
+            Shape::flat([tiles(across, lines_per_block)], threads as u32).shared((entries * entry_bytes) as u32);
         return only.launch(unit, "top_k_sort", BODY, shape);
     }
     let best = k.next_power_of_two();
@@ -59,13 +60,14 @@ pub(super) fn select(spec: &Spec, options: &Options) -> Option<Launch> {
         unit.int("THREADS", threads.cast_signed());
         unit.int("RUN", sorted_max.cast_signed());
         unit.int("BEST", best.cast_signed());
-        let shape = Shape::flat(lines, threads as u32)?.shared((sorted_max * entry_bytes) as u32);
+        let shape = Shape::flat([tiles(across, 1)], threads as u32).shared((sorted_max * entry_bytes) as u32);
         return only.launch(unit, "top_k_filter", BODY, shape);
     }
     let blocks_per_line = length.div_ceil(256);
     unit.int("THREADS", 256);
     unit.size("BLOCKS_PER_LINE", blocks_per_line);
-    only.launch(unit, "top_k_rank", BODY, Shape::flat(lines.checked_mul(blocks_per_line)?, 256)?)
+    let line = only.sizes_of_operand(0, [along]);
+    only.launch(unit, "top_k_rank", BODY, Shape::flat([tiles(across, 1), tiles(line, 256)], 256))
 }
 
 #[cfg(test)]
@@ -85,12 +87,12 @@ mod tests {
         assert_eq!(launch(DType::F32, 8192, 8000).symbol, "top_k_sort_kernel");
         assert_eq!(launch(DType::F32, 8193, 50).symbol, "top_k_filter_kernel");
         assert_eq!(launch(DType::F32, 10_000, 5000).symbol, "top_k_rank_kernel");
-        assert_eq!(launch(DType::F64, 8192, 1).shared_bytes, 128 << 10);
+        assert_eq!(launch(DType::F64, 8192, 1).rule.shared_bytes, 128 << 10);
         for architecture in ["sm_86", "sm_89", "sm_120a"] {
-            assert_eq!(launch_for(architecture, DType::F32, 8192, 1).shared_bytes, 64 << 10);
-            assert_eq!(launch_for(architecture, DType::F64, 4096, 1).shared_bytes, 64 << 10);
+            assert_eq!(launch_for(architecture, DType::F32, 8192, 1).rule.shared_bytes, 64 << 10);
+            assert_eq!(launch_for(architecture, DType::F64, 4096, 1).rule.shared_bytes, 64 << 10);
             let filter = launch_for(architecture, DType::I64, 5000, 1000);
-            assert_eq!((filter.symbol.as_str(), filter.shared_bytes), ("top_k_filter_kernel", 64 << 10));
+            assert_eq!((filter.symbol.as_str(), filter.rule.shared_bytes), ("top_k_filter_kernel", 64 << 10));
         }
         assert_eq!(launch(DType::F32, 128_000, 0).symbol, "nothing_kernel");
     }

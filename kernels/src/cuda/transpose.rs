@@ -3,7 +3,7 @@
 
 use planfile::{Op, Spec};
 
-use super::block::{Axis, Only, Shape, Unit, collapse, dense, widest};
+use super::block::{Axis, Only, Shape, Unit, collapse, dense, neighbours, tiles, widest};
 use super::{Launch, Options};
 
 const BODY: &str = include_str!("../../cuda/transpose.cu");
@@ -19,8 +19,12 @@ pub(super) fn select(spec: &Spec, _options: &Options) -> Option<Launch> {
     }
     let x = only.operands[0];
     let from = dense(x);
-    let axes: Vec<Axis> = permutation.iter().filter_map(|&axis| from.get(usize::from(axis)).copied()).collect();
-    let axes = collapse(&axes);
+    let permuted: Vec<Axis> = permutation.iter().filter_map(|&axis| from.get(usize::from(axis)).copied()).collect();
+    let axes = collapse(&permuted);
+    // For each, the axes of the operand that became one.
+    let groups = neighbours(&permuted);
+    let of_operand = |group: &Vec<usize>| group.iter().map(|&position| usize::from(permutation[position])).collect();
+    let groups: Vec<Vec<usize>> = groups.iter().map(of_operand).collect();
     let bytes = x.dtype.bytes();
     let mut unit = Unit::indexing(&[x]);
     let elements = x.elements()?;
@@ -54,8 +58,11 @@ pub(super) fn select(spec: &Spec, _options: &Options) -> Option<Launch> {
         unit.size("TO_ROW", to[row].stride);
         unit.offset("from_batch", &rest(&axes));
         unit.offset("to_batch", &rest(&to));
-        let blocks = elements / (rows * columns) * rows.div_ceil(tile) * columns.div_ceil(tile);
-        return only.launch(unit, "transpose_tiles", BODY, Shape::flat(blocks, 256)?);
+        let of = |group: &[usize]| only.sizes_of_operand(0, group.iter().copied());
+        let others = (0..groups.len()).filter(|&group| group != row && group != column);
+        let others: Vec<usize> = others.flat_map(|group| groups[group].iter().copied()).collect();
+        let blocks = [tiles(of(&others), 1), tiles(of(&groups[row]), tile), tiles(of(&groups[column]), tile)];
+        return only.launch(unit, "transpose_tiles", BODY, Shape::flat(blocks, 256));
     }
     // Packs of what stays together; single elements where nothing does.
     let mut packs = axes;
@@ -71,7 +78,12 @@ pub(super) fn select(spec: &Spec, _options: &Options) -> Option<Launch> {
     unit.text(format_args!("typedef Pack<{}, {vector}> Element;\n#define TRANSPOSE_TILES 0", word(bytes)));
     unit.size("COUNT", elements / vector);
     unit.offset("source", &packs);
-    only.launch(unit, "transpose_packs", BODY, Shape::flat((elements / vector).div_ceil(256), 256)?)
+    only.launch(
+        unit,
+        "transpose_packs",
+        BODY,
+        Shape::flat([tiles(only.sizes_of_operand(0, 0..x.rank()), 256 * vector)], 256),
+    )
 }
 
 /// What moves an element of so many bytes.
@@ -90,26 +102,28 @@ mod tests {
 
     use super::*;
 
-    fn symbol(permutation: &[u8], dtype: DType, sizes: &[u64]) -> Launch {
+    fn launched(permutation: &[u8], dtype: DType, sizes: &[u64]) -> (Launch, i64) {
         let op = Op::Transpose { permutation: permutation.to_vec() };
         let spec = Spec::of(op, vec![TensorType::new(dtype, sizes)]).unwrap();
-        select(&spec, &Options { architecture: "sm_90a".to_owned(), allow_tf32: false }).unwrap()
+        let launch = select(&spec, &Options { architecture: "sm_90a".to_owned(), allow_tf32: false }).unwrap();
+        let blocks = launch.blocks(&spec);
+        (launch, blocks)
     }
 
     #[test]
     fn heads_move_in_wide_packs() {
-        let launch = symbol(&[0, 2, 1, 3], DType::F16, &[2, 128, 12, 64]);
+        let (launch, blocks) = launched(&[0, 2, 1, 3], DType::F16, &[2, 128, 12, 64]);
         assert_eq!(launch.symbol, "transpose_packs_kernel");
         assert!(launch.source.contains("Pack<u16, 8> Element"));
-        assert_eq!(launch.grid[0], 2 * 128 * 12 * 8 / 256);
+        assert_eq!(blocks, 2 * 128 * 12 * 8 / 256);
     }
 
     #[test]
     fn layouts_change_in_tiles() {
-        let launch = symbol(&[0, 2, 3, 1], DType::F32, &[4, 64, 56, 56]);
+        let (launch, blocks) = launched(&[0, 2, 3, 1], DType::F32, &[4, 64, 56, 56]);
         assert_eq!(launch.symbol, "transpose_tiles_kernel");
-        assert_eq!(launch.grid[0], 4 * 2 * 98);
+        assert_eq!(blocks, 4 * 2 * 98);
         // Three channels would leave most of a tile empty.
-        assert_eq!(symbol(&[0, 2, 3, 1], DType::F32, &[4, 3, 56, 56]).symbol, "transpose_packs_kernel");
+        assert_eq!(launched(&[0, 2, 3, 1], DType::F32, &[4, 3, 56, 56]).0.symbol, "transpose_packs_kernel");
     }
 }

@@ -3,10 +3,12 @@
 //! This crate owns the closed set of primitive operations, their types and the format. It depends on no other crate
 //! of the workspace and does no computing of its own.
 
+pub mod architecture;
 pub mod attributes;
 pub mod call;
 pub mod codec;
 pub mod container;
+pub mod cubin;
 pub mod diff;
 pub mod dtype;
 pub mod error;
@@ -14,6 +16,7 @@ pub mod expr;
 pub mod fingerprint;
 pub mod frozen;
 pub mod infer;
+pub mod launch;
 pub mod op;
 pub mod plan;
 pub mod printable;
@@ -27,15 +30,18 @@ pub mod summary;
 pub mod target;
 pub mod tensor;
 pub mod text;
+pub mod trust;
 pub mod types;
 pub mod verify;
 pub mod writer;
 
+pub use architecture::Architecture;
 pub use dtype::DType;
 pub use error::PlanError;
 pub use expr::{Binary, Compare, Expr, ExprOp, RankScalar, Scalar, Unary};
 pub use frozen::FrozenInput;
 pub use infer::infer;
+pub use launch::LaunchRule;
 pub use op::{Combine, Op, Real};
 pub use reader::PlanFile;
 pub use spec::{Recipe, RecipeInput, Source, SourceFile, Spec, SpecNode};

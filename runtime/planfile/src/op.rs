@@ -8,7 +8,7 @@ use std::hash::{Hash, Hasher};
 use serde::{Deserialize, Serialize};
 
 use crate::dtype::DType;
-use crate::expr::{Expr, RankScalar};
+use crate::expr::{Expr, ExprOp, RankScalar};
 use crate::types::{Dim, TensorType};
 
 /// An `f64` attribute, compared and hashed by its bits so that operations can be table keys.
@@ -427,6 +427,32 @@ impl Op {
                 | Self::AllToAll { .. }
                 | Self::Send { .. }
                 | Self::Recv { .. }
+        )
+    }
+
+    /// The numbers in it that may differ by rank, and do.
+    pub fn rank_scalars(&self) -> impl Iterator<Item = &RankScalar> {
+        let (starts, instructions): (&[RankScalar], &[ExprOp]) = match self {
+            Self::Slice { starts, .. } => (starts, &[]),
+            Self::Pointwise { expr, .. } => (&[], &expr.ops),
+            _ => (&[], &[]),
+        };
+        let bases = instructions.iter().filter_map(|instruction| match instruction {
+            ExprOp::Index { base, .. } => Some(base),
+            _ => None,
+        });
+        starts.iter().chain(bases).filter(|scalar| matches!(scalar, RankScalar::ByRank(_)))
+    }
+
+    /// Whether it reads indices that may be out of range, which is then an error.
+    pub const fn checks_indices(&self) -> bool {
+        matches!(
+            self,
+            Self::Gather { .. }
+                | Self::GatherElements { .. }
+                | Self::GatherNd { .. }
+                | Self::ScatterElements { .. }
+                | Self::ScatterNd { .. }
         )
     }
 }

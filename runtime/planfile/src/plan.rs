@@ -3,6 +3,7 @@
 //! Everything here was decided at compile time. Numbers are bytes, elements or nanoseconds, as their names say; ranks
 //! are numbers of devices in the plan, `0..ranks`.
 
+use std::collections::HashSet;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
@@ -11,6 +12,7 @@ pub use crate::call::{Activation, Call, Convolution, Matmul, Matrix};
 use crate::expr::RankScalar;
 use crate::fingerprint::Fingerprint;
 pub use crate::frozen::FrozenInput;
+use crate::launch::LaunchRule;
 use crate::op::Op;
 use crate::spec::{Recipe, SourceFile, Spec};
 use crate::types::{ExtentId, TensorType};
@@ -66,7 +68,7 @@ pub struct PlanAxis {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TargetRef {
     pub name: String,
-    /// `cpu`, or a CUDA architecture such as `sm_90a`.
+    /// An [`Architecture`](crate::Architecture) by name: `cpu`, or such as `sm_90a`.
     pub architecture: String,
 }
 
@@ -87,7 +89,7 @@ pub struct PlanEntry {
     pub frozen: Vec<FrozenInput>,
     /// The programs of its stages, in order, by index.
     pub programs: Vec<u32>,
-    /// Of one run, over all stages.
+    /// Of one run, over all stages: see [`predicted_ns`].
     pub predicted_ns: u64,
 }
 
@@ -244,6 +246,18 @@ pub struct Step {
     pub cost: StepCost,
 }
 
+/// Longest prediction, in nanoseconds: 36 years. What is predicted to take longer is said to take so long.
+pub const MAX_PREDICTED_NS: u64 = 1 << 60;
+
+/// Largest amount of work that a step is said to be, in operations or bytes.
+pub const MAX_WORK: u64 = i64::MAX as u64;
+
+/// The time of an entry: that of all steps of its programs, one after the other.
+pub fn predicted_ns<'a>(programs: impl IntoIterator<Item = &'a Program>) -> u64 {
+    let steps = programs.into_iter().flat_map(|program| &program.steps);
+    steps.fold(0u64, |sum, step| sum.saturating_add(step.cost.predicted_ns)).min(MAX_PREDICTED_NS)
+}
+
 /// Prediction and work of a step on one rank.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StepCost {
@@ -256,9 +270,23 @@ pub struct StepCost {
     pub link_bytes: u64,
 }
 
+impl StepCost {
+    /// The cost, with what is beyond the limits of a plan at them.
+    #[must_use]
+    pub fn capped(self) -> Self {
+        Self {
+            predicted_ns: self.predicted_ns.min(MAX_PREDICTED_NS),
+            operations: self.operations.min(MAX_WORK),
+            memory_bytes: self.memory_bytes.min(MAX_WORK),
+            link_bytes: self.link_bytes.min(MAX_WORK),
+        }
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Action {
-    /// A kernel of ours. Operands and results match the kernel's spec.
+    /// A kernel of ours. Operands and results match the kernel's spec; scalars and launch are those that follow from
+    /// its rule, and kernels that are their specifications have none.
     Launch {
         kernel: u32,
         operands: Vec<Place>,
@@ -266,7 +294,8 @@ pub enum Action {
         scalars: Vec<Argument>,
         launch: Option<LaunchShape>,
     },
-    /// A call into a library, with what it reserves.
+    /// A call into a library, with what it reserves. An algorithm is the library's own bytes; none leaves the choice to
+    /// the machine.
     Library { kernel: u32, operands: Vec<Place>, results: Vec<Place>, workspace: Option<Place>, algorithm: Vec<u8> },
     /// An operation between ranks.
     Collective { op: Op, operands: Vec<Place>, results: Vec<Place>, algorithm: CollectiveAlgorithm },
@@ -340,13 +369,12 @@ pub struct Kernel {
     pub implementation: Implementation,
 }
 
-#[expect(clippy::large_enum_variant, reason = "a plan has few kernels, and each holds a specification anyway")]
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Implementation {
     /// The spec itself, executed on the host.
     Reference,
-    /// A function in [`Plan::code`].
-    Cuda { code: u32, symbol: String },
+    /// A function in [`Plan::code`], and how it is launched: see [`crate::launch`].
+    Cuda { code: u32, symbol: String, rule: LaunchRule },
     Library {
         library: Library,
         /// The version that the plan was made with; empty for the machine's own.
@@ -405,6 +433,34 @@ impl fmt::Display for Library {
 }
 
 impl Program {
+    /// Pairs of ranks that exchange data, the lower one first; some more than once.
+    pub fn exchanging(&self) -> impl Iterator<Item = (u32, u32)> + '_ {
+        let ops = self.steps.iter().filter_map(|step| match &step.action {
+            Action::Collective { op, .. } => Some(op),
+            _ => None,
+        });
+        let mut seen = HashSet::new();
+        let groups = ops.clone().filter_map(|op| match op {
+            Op::AllReduce { groups, .. }
+            | Op::AllGather { groups, .. }
+            | Op::ReduceScatter { groups, .. }
+            | Op::AllToAll { groups, .. } => Some(groups),
+            _ => None,
+        });
+        let groups = groups.filter(move |groups| seen.insert(*groups)).flatten();
+        let within = groups.flat_map(|group| {
+            let later = |position: usize| group.iter().skip(position + 1);
+            group.iter().enumerate().flat_map(move |(position, &a)| later(position).map(move |&b| (a, b)))
+        });
+        let peers = ops.flat_map(|op| match op {
+            Op::Send { peers, .. } | Op::Recv { peers, .. } => peers.as_slice(),
+            _ => &[],
+        });
+        // Each has a peer for each of the program's ranks, in their order.
+        let across = self.ranks.iter().copied().cycle().zip(peers.copied());
+        within.chain(across).map(|(a, b)| (a.min(b), a.max(b)))
+    }
+
     /// Steps that check indices, in order, with their fault words.
     pub fn faults(&self) -> impl Iterator<Item = (usize, u32)> + '_ {
         self.steps.iter().enumerate().flat_map(|(step, described)| {

@@ -1,10 +1,12 @@
 //! Small plans for tests, written by hand.
 
+use crate::cubin::forge::{Forged, forge};
 use crate::dtype::DType;
 use crate::error::PlanError;
-use crate::expr::{Binary, Expr, Unary};
+use crate::expr::{Binary, Expr, ExprOp, RankScalar, Unary};
 use crate::fingerprint::Fingerprint;
-use crate::op::{Combine, Op};
+use crate::launch::{Factor, LABEL_BYTES, LaunchRule, SizeOf, label};
+use crate::op::{Combine, Op, Real};
 use crate::plan::*;
 use crate::spec::{Recipe, Source, SourceFile, Spec};
 use crate::types::TensorType;
@@ -24,7 +26,7 @@ fn weight(offset: u64, sizes: &[u64]) -> Place {
 
 pub(crate) fn step(stream: u32, action: Action, waits: &[u32]) -> Step {
     let waits = waits.iter().map(|&from| Edge { from, kind: EdgeKind::Full }).collect();
-    Step { action, stream, waits, origin: vec![0], cost: StepCost { predicted_ns: 1500, ..StepCost::default() } }
+    Step { action, stream, waits, origin: vec![0], cost: StepCost::default() }
 }
 
 pub(crate) fn launch(kernel: u32, operands: Vec<Place>, results: Vec<Place>) -> Action {
@@ -56,6 +58,7 @@ pub(crate) fn plan() -> Plan {
         algorithm: CollectiveAlgorithm::Host,
     };
     let source = |offset| Source::File { file: 0, offset };
+    let timed = |step: Step| Step { cost: StepCost { predicted_ns: 1500, ..StepCost::default() }, ..step };
     Plan {
         manifest: Manifest {
             producer: "compile 0.0.0".to_owned(),
@@ -112,7 +115,7 @@ pub(crate) fn plan() -> Plan {
             ranks: vec![0, 1],
             inputs: vec![Binding { port: 0, place: at(0, &local), splits: vec![split(1, 4)] }],
             outputs: vec![Binding { port: 0, place: at(512, &local), splits: vec![] }],
-            steps: vec![
+            steps: [
                 step(0, launch(0, vec![at(0, &local), weight(0, &[4, 4])], vec![at(256, &local)]), &[]),
                 step(1, launch(1, vec![at(0, &local)], vec![at(768, &local)]), &[]),
                 step(0, all_reduce, &[]),
@@ -121,7 +124,9 @@ pub(crate) fn plan() -> Plan {
                     launch(2, vec![at(512, &local), weight(256, &[4]), at(768, &local)], vec![at(512, &local)]),
                     &[1],
                 ),
-            ],
+            ]
+            .map(timed)
+            .into(),
             arena_bytes: 1024,
             peer_arena_bytes: 0,
             streams: 2,
@@ -186,6 +191,7 @@ pub(crate) fn staged() -> Plan {
     manifest.entries[0].inputs[0].ty = ty.clone();
     manifest.entries[0].outputs[0].ty = ty;
     manifest.entries[0].programs = vec![0, 1];
+    manifest.entries[0].predicted_ns = 0;
     manifest.weights.clear();
     manifest.placed.clear();
     manifest.weight_arena_bytes = vec![0, 0];
@@ -208,4 +214,91 @@ pub(crate) fn staged() -> Plan {
         program(1, vec![], vec![], vec![step(0, recv(7, 0, 0), &[]), step(0, send(8, 0, 0), &[])]),
     ];
     plan
+}
+
+/// [`plan`] for two GPUs: the product by cuBLASLt; in place of the negation, rows of `x` by the indices `i`; the sum by a
+/// kernel that knows its rank's first row; and at last rows of the sum, which nothing reads.
+pub(crate) fn gpu() -> Plan {
+    let mut plan = plan();
+    let local = [2, 4];
+    let indices = TensorType::new(DType::I64, &[2]);
+    plan.manifest.target.architecture = "sm_90a".to_owned();
+    plan.manifest.entries[0].inputs.push(PlanPort { name: "i".to_owned(), ty: indices.clone() });
+    let rows = Spec::of(Op::Gather { axis: 0 }, vec![f32s(&local), indices.clone()]).unwrap();
+    let first = ExprOp::Index { axis: 0, base: RankScalar::ByRank(vec![0, 2]) };
+    let first = Expr { ops: vec![first, ExprOp::Cast(DType::F32)] };
+    let sum = (0..3).fold(first, |sum, operand| sum.binary(Binary::Add, Expr::operand(operand)));
+    let sum = Op::Pointwise { expr: sum, dims: f32s(&local).dims };
+    let sum = Spec::of(sum, vec![f32s(&local), f32s(&[4]), f32s(&local)]).unwrap();
+    let matrix = |operand| Matrix { operand, offset: 0, row_stride: 4, column_stride: 1, batch_stride: 0 };
+    let call = Call::Matmul(Matmul {
+        m: 2,
+        n: 4,
+        k: 4,
+        batch: 1,
+        a: matrix(0),
+        b: matrix(1),
+        result: matrix(0),
+        scale: Real(1.0),
+        bias: None,
+        residual: None,
+        activation: Activation::None,
+        allow_tf32: false,
+    });
+    let version = String::new();
+    plan.kernels[0].implementation = Implementation::Library { library: Library::CublasLt, version, call };
+    plan.kernels[1] = coded(&mut plan.code, "gather", rows, [64, 0], 0);
+    plan.kernels[2] = coded(&mut plan.code, "add3", sum, [128, 2], 4096);
+    let in_arena = Place { ty: indices, at: Argument::Arena { offset: 1024 } };
+    let program = &mut plan.programs[0];
+    program.arena_bytes = 1536;
+    program.inputs.push(Binding { port: 1, place: in_arena.clone(), splits: vec![] });
+    program.steps[0].action = Action::Library {
+        kernel: 0,
+        operands: vec![at(0, &local), weight(0, &[4, 4])],
+        results: vec![at(256, &local)],
+        workspace: None,
+        algorithm: vec![],
+    };
+    let launch = |kernel: &Kernel, number, operands, results, scalars| {
+        let Implementation::Cuda { rule, .. } = &kernel.implementation else { panic!("no code") };
+        let launch = Some(rule.shape(&kernel.spec).unwrap());
+        Action::Launch { kernel: number, operands, results, scalars, launch }
+    };
+    let rows = |from, to, word| {
+        let operands = vec![at(from, &local), in_arena.clone()];
+        launch(&plan.kernels[1], 1, operands, vec![at(to, &local)], vec![Argument::Fault { word }])
+    };
+    program.steps[1].action = rows(0, 768, 0);
+    if let Action::Collective { algorithm, .. } = &mut program.steps[2].action {
+        *algorithm = CollectiveAlgorithm::Nccl;
+    }
+    let operands = vec![at(512, &local), weight(256, &[4]), at(768, &local)];
+    let rank = vec![Argument::Scalar { value: RankScalar::ByRank(vec![0, 2]) }];
+    program.steps[3].action = launch(&plan.kernels[2], 2, operands, vec![at(512, &local)], rank);
+    program.steps.push(step(0, rows(512, 1280, 1), &[]));
+    plan
+}
+
+/// A kernel with machine code that says what it takes: so many threads for each element, blocks in clusters of so many.
+fn coded(code: &mut Vec<Code>, name: &str, spec: Spec, [threads, cluster]: [u32; 2], shared_bytes: u32) -> Kernel {
+    let result = *spec.results.first().unwrap();
+    let sizes = (0..2).map(|axis| SizeOf { value: result, axis }).collect();
+    let blocks = vec![Factor::Tiles { sizes, tile: 4 }, Factor::Count(u64::from(cluster.max(1)))];
+    let rule = LaunchRule { grid: [blocks, vec![], vec![]], block: [threads, 1, 1], shared_bytes };
+    let symbol = format!("{name}_kernel");
+    let scalars = spec.rank_scalars().len() + usize::from(spec.checks_indices());
+    let cubin = forge(&Forged {
+        architecture: 90,
+        symbol: symbol.clone(),
+        parameters: (spec.inputs.len() + spec.results.len() + scalars) as u16,
+        threads,
+        registers: 32,
+        shared_bytes: 1024,
+        cluster,
+        labels: vec![[1; LABEL_BYTES], label(&spec, &symbol, &rule).unwrap()],
+    });
+    code.push(Code { architecture: "sm_90a".to_owned(), cubin });
+    let implementation = Implementation::Cuda { code: code.len() as u32 - 1, symbol, rule };
+    Kernel { name: name.to_owned(), spec, implementation }
 }

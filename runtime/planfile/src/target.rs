@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::architecture::Architecture;
 use crate::dtype::DType;
 
 /// A machine, as `fixtures/targets/*.json` describe it.
@@ -38,7 +39,7 @@ pub enum TargetOrigin {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Device {
-    /// `cpu`, or a CUDA architecture such as `sm_90a`.
+    /// An [`Architecture`] by name: `cpu`, or such as `sm_90a`.
     pub architecture: String,
     pub memory_bytes: u64,
     /// Reads and writes together.
@@ -102,6 +103,7 @@ impl Target {
         }
         let positive = |value: f64| value.is_finite() && value > 0.0;
         let device = &self.device;
+        device.architecture.parse::<Architecture>().map_err(|what| format!("device: {what}"))?;
         let rates = device.matrix_operations_per_second.iter().map(|rate| rate.1);
         let rates = rates.chain([device.memory_bytes_per_second, device.vector_operations_per_second]);
         if !rates.into_iter().all(positive) {

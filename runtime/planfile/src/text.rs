@@ -141,7 +141,7 @@ fn results(spec: &Spec) -> Vec<Vec<(usize, TensorType)>> {
 pub(crate) fn implementation(implementation: &Implementation) -> String {
     match implementation {
         Implementation::Reference => "reference".to_owned(),
-        Implementation::Cuda { code, symbol } => format!("code {code} {symbol}"),
+        Implementation::Cuda { code, symbol, rule } => format!("code {code} {symbol} {rule}"),
         Implementation::Library { library, version, call } => {
             let version = if version.is_empty() { String::new() } else { format!(" {version}") };
             format!("{library}{version} {call}")
@@ -307,9 +307,15 @@ impl Show<'_> {
 }
 
 fn shape(launch: Option<&LaunchShape>) -> String {
-    launch.map_or_else(String::new, |LaunchShape { grid: [x, y, z], block, shared_bytes }| {
-        format!(" grid [{x}, {y}, {z}] block {block:?} shared {shared_bytes}")
-    })
+    launch.map_or_else(String::new, ToString::to_string)
+}
+
+/// With a space before it: the end of a line about a step.
+impl Display for LaunchShape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { grid: [x, y, z], block, shared_bytes } = self;
+        write!(f, " grid [{x}, {y}, {z}] block {block:?} shared {shared_bytes}")
+    }
 }
 
 /// An operation with its attributes; expressions in postfix.

@@ -1,16 +1,19 @@
 //! Proves that a plan is sound before anything is done with it: run by the writer and by the reader.
 //!
 //! The proof is from the plan alone. Every number that is an index, an offset or a size is in range; kernels and
-//! collectives get the types that they are made for; and from each program's own happens-before order follows that
+//! collectives get the types that they are made for; machine code is what its kernels say of it, and is launched as
+//! follows from their specifications; and from each program's own happens-before order follows that
 //! every byte was written before it is read, that no two unordered steps touch the same bytes unless both read, and
 //! that no rank waits for ever. A plan that passes may compute the wrong thing, but it cannot leave its memory, race or
-//! hang.
+//! hang, if the machine code computes no more than its specification: what is taken on trust is listed by
+//! [`crate::trust`].
 //!
 //! Phases: manifest and kernels, then programs step by step, then order and memory. A phase may rely on what the ones
 //! before it found sound, so findings of a phase end the proof.
 
 mod bounds;
 mod clock;
+mod code;
 mod exchange;
 mod faults;
 mod intervals;
@@ -75,10 +78,12 @@ pub fn verify(plan: &Plan) -> Result<(), Vec<Finding>> {
     for index in 0..plan.programs.len() {
         steps::check(plan, index, &facts, &mut report);
     }
+    programs::check_predictions(plan, &mut report);
     report.end_phase()?;
     for index in 0..plan.programs.len() {
         memory::check(plan, index, &mut report);
     }
+    exchange::check_links(plan, &mut report);
     for entry in &plan.manifest.entries {
         exchange::check(plan, entry, &mut report);
     }

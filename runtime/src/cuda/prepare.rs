@@ -175,7 +175,7 @@ impl Rank {
     ) -> Result<Work, StepError> {
         let described = self.plan.kernels.get(kernel as usize);
         let described = described.ok_or_else(|| contradiction("its kernel is not in the plan"))?;
-        let Implementation::Cuda { code, symbol } = &described.implementation else {
+        let Implementation::Cuda { code, symbol, .. } = &described.implementation else {
             return Err(unsupported("a kernel without machine code"));
         };
         let launch = launch.ok_or_else(|| contradiction("a launch has no grid"))?;

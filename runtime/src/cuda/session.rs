@@ -4,10 +4,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use planfile::PlanFile;
 use planfile::plan::{Action, Implementation, Library, PlacedWeight, Plan};
+use planfile::{Architecture, PlanFile};
 
-use super::architecture::runs_on;
 use super::cublaslt::CublasLt;
 use super::cudnn::Cudnn;
 use super::driver::{DeviceMemory, Driver, Gpu, Module, Pinned, Stream};
@@ -60,21 +59,14 @@ impl CudaSession {
         let plan = file.plan();
         let ordinals = choose(plan.manifest.ranks, ordinals, || Ok(Driver::ready()?.count()?))?;
         let architecture = plan.manifest.target.architecture.as_str();
+        let device = architecture.parse::<Architecture>().ok().and_then(Architecture::cuda);
+        let device = device.ok_or_else(|| RuntimeError::NotForGpus { architecture: architecture.to_owned() })?;
         let driver = Driver::ready()?;
         for &ordinal in &ordinals {
             let info = driver.describe(ordinal)?;
-            match runs_on(architecture, info.capability) {
-                Some(true) => {}
-                Some(false) => {
-                    let architecture = architecture.to_owned();
-                    return Err(RuntimeError::Architecture {
-                        ordinal,
-                        name: info.name,
-                        capability: info.capability,
-                        architecture,
-                    });
-                }
-                None => return Err(RuntimeError::NotForGpus { architecture: architecture.to_owned() }),
+            if !device.runs_on(info.capability) {
+                let (name, capability, architecture) = (info.name, info.capability, architecture.to_owned());
+                return Err(RuntimeError::Architecture { ordinal, name, capability, architecture });
             }
         }
         let other_versions = open_libraries(plan)?;

@@ -3,4 +3,5 @@
 pub mod forge;
 pub mod messages;
 pub mod mutation;
+pub mod structure;
 pub mod workplace;

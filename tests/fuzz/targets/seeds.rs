@@ -2,6 +2,7 @@
 //! `FUZZ_MODELS` names. A fuzz target itself, so that it is built with the others: run it with `-runs=0`.
 #![no_main]
 
+use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -12,6 +13,8 @@ use planwright::compiler::Request;
 
 /// Most bytes of a seed: mutations of longer ones rarely hit anything.
 const SEED_BYTES: usize = 48 << 10;
+/// One of so many models becomes a plan for GPUs too.
+const GPU_SHARE: u32 = 8;
 
 fuzz_target!(init: write_all(), |_data: &[u8]| {});
 
@@ -51,6 +54,20 @@ fn write(seeds: &Path, folder: &Path, devices: u32) -> Option<()> {
             request.bindings.dims.remove(dim);
         }
     }
+    plans(seeds, name, &request)?;
+    // For GPUs as well, a part of them: machine code takes its time.
+    if name.to_string_lossy().bytes().map(u32::from).sum::<u32>() % GPU_SHARE == 0 {
+        let target = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../../fixtures/targets/h200x4.json"));
+        request.target = Target::from_json(target).ok()?;
+        let mut name = name.to_owned();
+        name.push(".gpu");
+        plans(seeds, &name, &request)?;
+    }
+    Some(())
+}
+
+/// Seeds that are the plan of a model.
+fn plans(seeds: &Path, name: &OsStr, request: &Request) -> Option<()> {
     let compiled = request.compile(&mut |_, _| {}).ok()??;
     let out = workplace::folder().join("seed.plan");
     compiled.write(&out, |_| {}).ok()?;

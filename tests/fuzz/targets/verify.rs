@@ -1,8 +1,9 @@
 //! A plan with mutated content under valid hashes: decoded and verified. What `verify` accepts is run on virtual devices,
-//! where it may compute anything, but not panic, take unbounded memory or hang.
+//! where it may compute anything, but not panic, take unbounded memory or hang. Most mutations are of the plan's structure
+//! (see `fuzz::structure`), the others of its bytes; seeds are plans for hosts and for GPUs.
 #![no_main]
 
-use fuzz::{forge, mutation, workplace};
+use fuzz::{forge, mutation, structure, workplace};
 use libfuzzer_sys::{fuzz_mutator, fuzz_target};
 use planfile::PlanFile;
 use planfile::plan::Plan;
@@ -54,9 +55,16 @@ fuzz_mutator!(|data: &mut [u8], size: usize, max_size: usize, seed: u32| {
     let Some(mut parts) = forge::sections(&data[..size]) else {
         return libfuzzer_sys::fuzzer_mutate(data, size, max_size);
     };
-    for _ in 0..=random.below(3) {
-        // Names and weights decide nothing.
-        let chosen = random.below(3);
+    let plan = structure::decode(&parts).filter(|_| random.below(8) > 0);
+    let mutated = plan.and_then(|mut plan| {
+        for _ in 0..=random.below(3) {
+            structure::mutate(&mut plan, &mut random);
+        }
+        structure::encode(&plan, &mut parts)
+    });
+    if mutated.is_none() {
+        // Numbers anywhere in the bytes. Explanations and weights decide nothing.
+        let chosen = random.below(4);
         mutation::mutate_section(&mut parts[chosen], &mut random);
     }
     mutation::hand_back(&mut data[..max_size], size, &forge::assemble(&parts))

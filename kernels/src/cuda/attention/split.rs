@@ -6,11 +6,12 @@
 //! See `kernels/cuda/attention_split.cu`. Where there are no clusters (before `sm_90`), the warps of one block share the
 //! keys.
 
+use planfile::launch::Factor;
 use planfile::op::Causal;
 use planfile::{DType, Spec};
 
 use super::super::Launch;
-use super::super::block::{Shape, Unit};
+use super::super::block::{Shape, Unit, sizes_of, tiles};
 use super::super::machine::{CLUSTER_MAX, Machine};
 use super::{COMMON, Matched, TILES_WIDTH_MAX, is_wide};
 
@@ -106,12 +107,18 @@ impl Matched<'_> {
             unit.flag(&format!("{name}_IS_WIDE"), is_wide(view.offset, &view.axes, width, access));
         }
         unit.text(format_args!("#define ATTENTION_TENSOR_CORES {}", i32::from(few.tensor_cores())));
-        let blocks = few.units(division.row_tile)?.checked_mul(division.blocks)?;
-        let blocks = if self.values == 0 { 0 } else { blocks };
-        let shape = Shape::flat(blocks, 32 * u32::try_from(division.warps).ok()?)?;
+        // Rows are those of all heads of a group.
+        let rows_of_groups = self.groups.max(1).checked_mul(division.row_tile)?;
+        let blocks = [
+            tiles(sizes_of(self.value, 0..1), 1),
+            tiles(sizes_of(self.keys_value, 1..2), 1),
+            tiles(sizes_of(self.value, 1..3), rows_of_groups),
+            Factor::Count(division.blocks),
+        ];
+        let shape = Shape::flat(blocks, 32 * u32::try_from(division.warps).ok()?);
         let shape = shape.shared(u32::try_from(division.shared_bytes).ok()?);
         let shape = shape.cluster(u32::try_from(division.blocks).ok()?);
-        self.launch(spec, unit, blocks, "attention_split", &format!("{COMMON}\n{BODY}"), shape)
+        self.launch(spec, unit, "attention_split", &format!("{COMMON}\n{BODY}"), shape)
     }
 }
 

@@ -143,17 +143,13 @@ impl Kernel<'_> {
         Some(match base {
             RankScalar::Uniform(0) => position,
             RankScalar::Uniform(base) => format!("scalar::add({position}, static_cast<i64>({base}ll))"),
-            RankScalar::ByRank(_) => format!("scalar::add({position}, static_cast<i64>(s{}))", self.scalar(base)),
+            RankScalar::ByRank(_) => format!("scalar::add({position}, static_cast<i64>(s{}))", self.scalar(base)?),
         })
     }
 
     /// Number of the kernel parameter that holds the scalar.
-    pub(super) fn scalar(&mut self, scalar: &RankScalar) -> usize {
-        if let Some(position) = self.scalars.iter().position(|own| own == scalar) {
-            return position;
-        }
-        self.scalars.push(scalar.clone());
-        self.scalars.len() - 1
+    pub(super) fn scalar(&self, scalar: &RankScalar) -> Option<usize> {
+        self.scalars.iter().position(|own| own == scalar)
     }
 }
 

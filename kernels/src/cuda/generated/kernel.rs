@@ -56,9 +56,8 @@ pub(super) struct Kernel<'a> {
     /// Elements that this code computes at once: consecutive positions of the result, the first a multiple.
     pub(super) lanes: u64,
     at_hand: Vec<BTreeMap<(u32, Vec<Affine>), Operand>>,
+    /// What is passed besides tensors, whether or not it is used.
     pub(super) scalars: Vec<RankScalar>,
-    /// Whether it reads positions from memory, and reports those that are outside.
-    pub(super) checks: bool,
     /// How often the code that is being written runs, over all elements.
     pub(super) runs: u64,
     /// How often each value is computed.
@@ -89,8 +88,7 @@ impl<'a> Kernel<'a> {
             lane_base: ELEMENT,
             lanes,
             at_hand: vec![BTreeMap::new()],
-            scalars: Vec::new(),
-            checks: false,
+            scalars: spec.rank_scalars(),
             runs: count,
             wide,
         })

@@ -41,7 +41,7 @@ impl Kernel<'_> {
             source.push(match start {
                 RankScalar::Uniform(start) => scaled.plus(*start),
                 RankScalar::ByRank(_) => {
-                    let scalar = self.scalar(start);
+                    let scalar = self.scalar(start)?;
                     scaled.and(Affine { scalars: vec![(1, scalar)], ..Affine::default() })
                 }
             });
@@ -155,14 +155,12 @@ impl Kernel<'_> {
     fn read_position(&mut self, indices: u32, at: Vec<Affine>, size: u64) -> Option<Affine> {
         let read = self.value(indices, at)?;
         let name = self.fresh('p');
-        self.checks = true;
         self.line(&format!("const Index {name} = resolve({}, {size}, fault);", read.name));
         Some(self.variable(name, size))
     }
 
     /// What a gather from an operand without elements gives: there is no position that would not be outside.
     fn outside(&mut self, number: u32) -> Operand {
-        self.checks = true;
         self.line("*fault = 1;");
         Operand::uniform(format!("static_cast<{}>(0)", value(self.dtype(number))))
     }

@@ -4,12 +4,39 @@
 //! send is over when it was received. On the host, a rank takes its steps one by one and sends do not wait. A plan must
 //! end both ways. Collectives of a program are met by all its ranks in the same order, as they all run the same steps.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use super::Report;
 use crate::op::Op;
 use crate::plan::{Action, Plan, PlanEntry, Program, Step};
 use crate::types::TensorType;
+
+/// Most pairs of ranks that [`check_links`] looks at.
+const MAX_PAIRS: usize = 1 << 26;
+
+/// Links are those of ranks that exchange data, each once; or none, of a machine whose links are not described.
+pub(super) fn check_links(plan: &Plan, report: &mut Report) {
+    let links = &plan.manifest.links;
+    if links.is_empty() {
+        return;
+    }
+    let mut missing: BTreeSet<(u32, u32)> = BTreeSet::new();
+    for (number, pair) in plan.programs.iter().flat_map(Program::exchanging).enumerate() {
+        missing.insert(pair);
+        if missing.len() > links.len() || number == MAX_PAIRS {
+            let count = links.len();
+            return report.add("manifest", format!("{count} links for more than {count} pairs of ranks that exchange"));
+        }
+    }
+    for link in links {
+        report.require(missing.remove(&link.ranks) && !link.class.is_empty(), "manifest", || {
+            format!("link of class `{}` between {:?}, which do not exchange", link.class, link.ranks)
+        });
+    }
+    if let Some(pair) = missing.first() {
+        report.add("manifest", format!("no link between {pair:?}, which exchange"));
+    }
+}
 
 /// A step of the entry: position of the program in the entry, and of the step.
 type Node = (usize, usize);

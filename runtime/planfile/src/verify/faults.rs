@@ -1,5 +1,5 @@
 //! Fault words: numbered without gaps, and each of one step, so that a marked word names the step that marked it. That
-//! a step has one word at most, as its last scalar, is checked with its other scalars.
+//! steps whose kernels check indices have one each, as their last scalar, is checked with their other scalars.
 
 use super::{At, Report};
 use crate::plan::Program;
@@ -20,67 +20,59 @@ pub(super) fn check(program: &Program, index: usize, report: &mut Report) {
 
 #[cfg(test)]
 mod tests {
-    use crate::expr::RankScalar;
     use crate::plan::{Action, Argument, Plan};
     use crate::sample;
     use crate::text::text;
     use crate::verify::verify;
 
-    /// The sample, with fault words of these steps.
-    fn with(words: &[(usize, u32)]) -> Plan {
-        let mut plan = sample::plan();
-        for &(step, word) in words {
+    /// The sample for GPUs, whose steps 1 and 4 check indices, with these as their last scalars.
+    fn with(words: [&[Argument]; 2]) -> Plan {
+        let mut plan = sample::gpu();
+        for (step, words) in [1, 4].into_iter().zip(words) {
             match &mut plan.programs[0].steps[step].action {
-                Action::Launch { scalars, .. } => scalars.push(Argument::Fault { word }),
+                Action::Launch { scalars, .. } => *scalars = words.to_vec(),
                 _ => panic!("step {step} is no launch"),
             }
         }
         plan
     }
 
+    fn word(word: u32) -> Argument {
+        Argument::Fault { word }
+    }
+
     #[track_caller]
-    fn check_refused(words: &[(usize, u32)], expected: &str) {
+    fn check_refused(words: [&[Argument]; 2], expected: &str) {
         let findings = verify(&with(words)).unwrap_err();
         assert!(findings.iter().any(|finding| finding.to_string() == expected), "{findings:?}");
     }
 
     #[test]
     fn words_of_different_steps_pass() {
-        let plan = with(&[(0, 1), (3, 0)]);
+        let plan = with([&[word(1)], &[word(0)]]);
         assert_eq!(verify(&plan), Ok(()));
-        assert_eq!(plan.programs[0].faults().collect::<Vec<_>>(), [(0, 1), (3, 0)]);
+        assert_eq!(plan.programs[0].faults().collect::<Vec<_>>(), [(1, 1), (4, 0)]);
         let text = text(&plan);
-        assert!(text.lines().any(|line| line.starts_with("  #3 ") && line.contains(" with fault 0 ")), "{text}");
+        assert!(text.lines().any(|line| line.starts_with("  #4 ") && line.contains(" with fault 0 ")), "{text}");
     }
 
     #[test]
     fn words_are_numbered_without_gaps() {
-        check_refused(&[(0, 0), (1, 2)], "program 0, step #1: fault word 2 of 2");
-        check_refused(&[(1, u32::MAX)], "program 0, step #1: fault word 4294967295 of 1");
+        check_refused([&[word(0)], &[word(2)]], "program 0, step #4: fault word 2 of 2");
+        check_refused([&[word(1)], &[word(u32::MAX)]], "program 0, step #4: fault word 4294967295 of 2");
     }
 
     #[test]
     fn two_steps_share_no_word() {
-        check_refused(&[(0, 0), (3, 0)], "program 0, step #3: shares fault word 0 with step #0");
+        check_refused([&[word(0)], &[word(0)]], "program 0, step #4: shares fault word 0 with step #1");
     }
 
     #[test]
-    fn a_step_has_one_word() {
-        check_refused(&[(0, 0), (0, 1)], "program 0, step #0: scalar 0: a fault word before other scalars");
-    }
-
-    #[test]
-    fn a_word_is_the_last_scalar() {
-        let with_scalar = |position: usize| {
-            let mut plan = with(&[(0, 0)]);
-            if let Action::Launch { scalars, .. } = &mut plan.programs[0].steps[0].action {
-                scalars.insert(position, Argument::Scalar { value: RankScalar::Uniform(7) });
-            }
-            verify(&plan).map_err(|findings| findings[0].to_string())
-        };
-        assert_eq!(with_scalar(0), Ok(()));
-        let refused = "program 0, step #0: scalar 0: a fault word before other scalars";
-        assert_eq!(with_scalar(1), Err(refused.to_owned()));
+    fn a_step_that_checks_has_one_word() {
+        check_refused([&[word(0)], &[]], "program 0, step #4: 0 scalars, its kernel takes 1");
+        check_refused([&[word(0), word(1)], &[word(2)]], "program 0, step #1: 2 scalars, its kernel takes 1");
+        let other = "program 0, step #4: scalar 0 is no fault word, and its kernel checks indices";
+        check_refused([&[word(0)], &[Argument::Scalar { value: 7.into() }]], other);
     }
 
     #[test]

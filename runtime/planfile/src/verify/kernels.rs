@@ -1,9 +1,11 @@
-//! Kernels: their specs' types, and where their code is.
+//! Kernels: their specs' types, what executes them, and what steps have to give them.
 
-use super::manifest::table_lengths;
+use super::code::Files;
 use super::{Report, sound_bytes};
+use crate::architecture::Architecture;
+use crate::expr::RankScalar;
 use crate::op::Op;
-use crate::plan::{Call, Implementation, Kernel, Library, Plan};
+use crate::plan::{Call, Implementation, Kernel, LaunchShape, Library, Plan};
 use crate::types::TensorType;
 
 /// What steps need to know of a kernel.
@@ -13,6 +15,16 @@ pub(super) struct Facts {
     pub(super) ranks: Option<usize>,
     /// What its result may take the place of.
     pub(super) in_place: InPlace,
+    /// How its code is launched; `None` of what is no code of ours.
+    pub(super) launch: Option<Launch>,
+}
+
+/// What follows from a kernel's rule and specification.
+pub(super) struct Launch {
+    pub(super) shape: LaunchShape,
+    pub(super) scalars: Vec<RankScalar>,
+    /// Whether a fault word comes last.
+    pub(super) checks: bool,
 }
 
 /// Which operands a result may overwrite.
@@ -28,29 +40,34 @@ pub(super) enum InPlace {
 /// One per kernel. After a finding, a kernel's facts are of no use.
 pub(super) fn check(plan: &Plan, report: &mut Report) -> Vec<Facts> {
     let mut facts = Vec::with_capacity(plan.kernels.len());
+    let mut files = Files::read(plan, report);
+    let architecture = &plan.manifest.target.architecture;
+    let on_host = architecture.parse() == Ok(Architecture::Cpu);
     for (index, kernel) in plan.kernels.iter().enumerate() {
         let at = format_args!("kernel {index} (`{}`)", kernel.name);
-        report.check(at, check_implementation(plan, kernel));
-        match check_spec(kernel) {
+        let is_reference = matches!(kernel.implementation, Implementation::Reference);
+        report.require(is_reference == on_host, at, || match is_reference {
+            true => format!("has no code for {architecture}"),
+            false => format!("is for GPUs, the plan is for {architecture}"),
+        });
+        let checked = check_spec(kernel).and_then(|facts| {
+            let launch = check_implementation(&mut files, kernel)?;
+            Ok(Facts { launch, ..facts })
+        });
+        match checked {
             Ok(fact) => facts.push(fact),
             Err(what) => report.add(at, what),
         }
     }
-    for (index, code) in plan.code.iter().enumerate() {
-        let target = &plan.manifest.target.architecture;
-        report.require(code.architecture == *target, format_args!("code {index}"), || {
-            format!("is for {}, the plan is for {target}", code.architecture)
-        });
-    }
     facts
 }
 
-fn check_implementation(plan: &Plan, kernel: &Kernel) -> Result<(), String> {
+fn check_implementation<'a>(files: &mut Files<'a>, kernel: &'a Kernel) -> Result<Option<Launch>, String> {
+    let spec = &kernel.spec;
     match &kernel.implementation {
-        Implementation::Cuda { code, symbol } => {
-            let code = plan.code.get(*code as usize).ok_or_else(|| format!("code {code} of {}", plan.code.len()))?;
-            let fine = !symbol.is_empty() && !symbol.contains('\0') && !code.cubin.is_empty();
-            fine.then_some(()).ok_or_else(|| format!("symbol `{symbol}` in {} bytes of code", code.cubin.len()))
+        Implementation::Cuda { code, symbol, rule } => {
+            let shape = files.check((*code, symbol), rule, spec)?;
+            Ok(Some(Launch { shape, scalars: spec.rank_scalars(), checks: spec.checks_indices() }))
         }
         Implementation::Library { library, call, .. } => {
             let has_it = matches!(
@@ -60,9 +77,9 @@ fn check_implementation(plan: &Plan, kernel: &Kernel) -> Result<(), String> {
             if !has_it {
                 return Err(format!("{library} has no such call"));
             }
-            call.check(&kernel.spec.inputs, &kernel.spec.result_types()?)
+            call.check(&spec.inputs, &spec.result_types()?).map(|()| None)
         }
-        Implementation::Reference => Ok(()),
+        Implementation::Reference => Ok(None),
     }
 }
 
@@ -75,7 +92,10 @@ fn check_spec(kernel: &Kernel) -> Result<Facts, String> {
         return Err(format!("{} inside a kernel", node.op.name()));
     }
     let results = spec.result_types()?;
-    let mut tables = spec.nodes.iter().flat_map(|node| table_lengths(&node.op));
+    let mut tables = spec.nodes.iter().flat_map(|node| node.op.rank_scalars()).filter_map(|scalar| match scalar {
+        RankScalar::ByRank(table) => Some(table.len()),
+        RankScalar::Uniform(_) => None,
+    });
     let ranks = tables.next();
     if tables.any(|length| Some(length) != ranks) {
         return Err("has per-rank tables of different lengths".to_owned());
@@ -89,5 +109,5 @@ fn check_spec(kernel: &Kernel) -> Result<Facts, String> {
         },
         _ => InPlace::Never,
     };
-    Ok(Facts { results, ranks, in_place })
+    Ok(Facts { results, ranks, in_place, launch: None })
 }

@@ -1,15 +1,15 @@
 //! Signature, mesh, recipes and states: what the manifest says about itself.
 
 use super::{ARENA_ALIGN, MAX_RANKS, Report, duplicate, sound_bytes};
-use crate::expr::{ExprOp, RankScalar};
+use crate::architecture::Architecture;
 use crate::frozen::FrozenInput;
-use crate::op::Op;
-use crate::plan::{Manifest, Plan, PlanEntry, PlanPort};
+use crate::plan::{MAX_PREDICTED_NS, Manifest, Plan, PlanEntry, PlanPort};
 use crate::spec::{Recipe, Source, SourceFile};
 use crate::types::TensorType;
 
 pub(super) fn check(plan: &Plan, report: &mut Report) {
     let manifest = &plan.manifest;
+    report.check("manifest", manifest.target.architecture.parse::<Architecture>().map(|_| ()));
     check_mesh(manifest, report);
     check_names(manifest, report);
     for entry in &manifest.entries {
@@ -27,6 +27,11 @@ pub(super) fn check(plan: &Plan, report: &mut Report) {
         report.check(at, made.and_then(|()| check_result(&weight.recipe, &weight.ty)));
     }
     check_states(manifest, report);
+    for alternative in &plan.explanations.alternatives {
+        report.require(alternative.predicted_ns <= MAX_PREDICTED_NS, "explanations", || {
+            format!("an alternative is predicted to take {} ns", alternative.predicted_ns)
+        });
+    }
 }
 
 fn check_mesh(manifest: &Manifest, report: &mut Report) {
@@ -40,10 +45,6 @@ fn check_mesh(manifest: &Manifest, report: &mut Report) {
     });
     for bytes in arenas.iter().chain([&manifest.image_bytes]) {
         report.require(*bytes <= i64::MAX as u64, "manifest", || format!("{bytes} bytes of weights on a rank"));
-    }
-    for link in &manifest.links {
-        let fine = link.ranks.0 != link.ranks.1 && link.ranks.0 < ranks && link.ranks.1 < ranks;
-        report.require(fine, "manifest", || format!("link of class `{}` between {:?}", link.class, link.ranks));
     }
 }
 
@@ -112,7 +113,7 @@ fn check_recipe(recipe: &Recipe, files: &[SourceFile]) -> Result<(), String> {
         }
     }
     for node in &recipe.spec.nodes {
-        if node.op.is_collective() || !table_lengths(&node.op).is_empty() {
+        if node.op.is_collective() || node.op.rank_scalars().next().is_some() {
             return Err(format!("the recipe's {} is not for one device", node.op.name()));
         }
     }
@@ -149,24 +150,5 @@ fn check_states(manifest: &Manifest, report: &mut Report) {
         report.require(pair[0].1 <= pair[1].0, format_args!("state `{}`", manifest.states[pair[1].2].name), || {
             format!("overlaps state `{}`", manifest.states[pair[0].2].name)
         });
-    }
-}
-
-/// Lengths of the per-rank tables in an operation.
-pub(super) fn table_lengths(op: &Op) -> Vec<usize> {
-    let length = |scalar: &RankScalar| match scalar {
-        RankScalar::Uniform(_) => None,
-        RankScalar::ByRank(table) => Some(table.len()),
-    };
-    match op {
-        Op::Slice { starts, .. } => starts.iter().filter_map(length).collect(),
-        Op::Pointwise { expr, .. } => {
-            let bases = expr.ops.iter().filter_map(|op| match op {
-                ExprOp::Index { base, .. } => Some(base),
-                _ => None,
-            });
-            bases.filter_map(length).collect()
-        }
-        _ => Vec::new(),
     }
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::bounds::Bounds;
 use super::{At, MAX_CLOCKS, MAX_STEPS, MAX_STREAMS, Report, splits};
-use crate::plan::{Argument, Binding, Plan, PlanPort, Program};
+use crate::plan::{Argument, Binding, Plan, PlanPort, Program, predicted_ns};
 
 /// Checks that entries and programs name each other, and returns the ranks of each stage.
 pub(super) fn check_stages(plan: &Plan, report: &mut Report) -> BTreeMap<u32, Vec<u32>> {
@@ -87,6 +87,16 @@ pub(super) fn check_bindings(plan: &Plan, report: &mut Report) {
                 format!("{count} programs bind this output")
             });
         }
+    }
+}
+
+/// An entry takes as long as its steps. Stages are sound.
+pub(super) fn check_predictions(plan: &Plan, report: &mut Report) {
+    for entry in &plan.manifest.entries {
+        let predicted = predicted_ns(entry.programs.iter().map(|&index| &plan.programs[index as usize]));
+        report.require(entry.predicted_ns == predicted, format_args!("entry `{}`", entry.name), || {
+            format!("is predicted to take {} ns, its steps take {predicted}", entry.predicted_ns)
+        });
     }
 }
 

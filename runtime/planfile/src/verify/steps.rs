@@ -5,17 +5,20 @@ use super::faults;
 use super::kernels::{Facts, InPlace};
 use super::persistent::TaskOrder;
 use super::{At, Report};
+use crate::architecture::Architecture;
 use crate::infer::infer;
 use crate::op::{Groups, Op};
 use crate::plan::{
-    Action, Argument, CollectiveAlgorithm, Edge, EdgeKind, Implementation, LaunchShape, Place, Plan, Program, Step,
+    Action, Argument, CollectiveAlgorithm, Edge, EdgeKind, Implementation, LaunchShape, Library, Place, Plan, Program,
+    Step, StepCost,
 };
 use crate::types::TensorType;
 
-/// Most bytes of shared memory that a launch can ask for on any device.
-const MAX_SHARED_BYTES: u32 = 1 << 20;
-/// Most threads of a block.
+/// Most threads of a block, in all and by dimension.
 const MAX_BLOCK_THREADS: u64 = 1024;
+const MAX_BLOCK: [u32; 3] = [1024, 1024, 64];
+/// Bytes of an algorithm of cuBLASLt: `cublasLtMatmulAlgo_t`.
+const CUBLASLT_ALGORITHM_BYTES: usize = 64;
 /// Bytes of a signal in the peer arena.
 pub(super) const SIGNAL_BYTES: u64 = 8;
 
@@ -24,7 +27,8 @@ type Checked = Result<(), String>;
 /// Checks each step of a program whose sizes, and whose kernels, are sound.
 pub(super) fn check(plan: &Plan, index: usize, facts: &[Facts], report: &mut Report) {
     let program = &plan.programs[index];
-    let context = Context { plan, program, facts, bounds: Bounds::new(plan, program) };
+    let on_host = plan.manifest.target.architecture.parse() == Ok(Architecture::Cpu);
+    let context = Context { plan, program, facts, bounds: Bounds::new(plan, program), on_host };
     for (position, step) in program.steps.iter().enumerate() {
         let checked = context.step(position, step);
         report.check(At { program: index, step: Some(position) }, checked);
@@ -37,6 +41,8 @@ struct Context<'a> {
     program: &'a Program,
     facts: &'a [Facts],
     bounds: Bounds<'a>,
+    /// Whether hosts execute the plan, and not GPUs.
+    on_host: bool,
 }
 
 impl Context<'_> {
@@ -47,6 +53,7 @@ impl Context<'_> {
         for edge in &step.waits {
             self.edge(position, step, edge)?;
         }
+        check_cost(&step.cost)?;
         let names = self.plan.explanations.names.len();
         if let Some(name) = step.origin.iter().find(|&&name| name as usize >= names) {
             return Err(format!("comes from name {name} of {names}"));
@@ -54,11 +61,11 @@ impl Context<'_> {
         match &step.action {
             Action::Launch { kernel, operands, results, scalars, launch } => {
                 self.kernel(*kernel, operands, results, Caller::Launch)?;
-                self.scalars(scalars, operands, results)?;
-                self.launch_shape(*kernel, launch.as_ref())
+                self.launch(*kernel, scalars, launch.as_ref())
             }
-            Action::Library { kernel, operands, results, workspace, .. } => {
+            Action::Library { kernel, operands, results, workspace, algorithm } => {
                 self.kernel(*kernel, operands, results, Caller::Library)?;
+                self.algorithm(*kernel, algorithm)?;
                 let Some(workspace) = workspace else { return Ok(()) };
                 self.bounds.check(workspace).map_err(|what| format!("workspace: {what}"))?;
                 self.writable(workspace)?;
@@ -79,10 +86,8 @@ impl Context<'_> {
                     checked.map_err(|what| format!("task {number}: {what}"))?;
                 }
                 TaskOrder::new(tasks, counters)?;
-                match launch {
-                    Some(shape) => self.shape(shape),
-                    None => Ok(()),
-                }
+                let fine = self.on_host && launch.is_none();
+                fine.then_some(()).ok_or_else(|| "a persistent step has no machine code".to_owned())
             }
         }
     }
@@ -184,57 +189,44 @@ impl Context<'_> {
         Ok(())
     }
 
-    fn scalars(&self, scalars: &[Argument], operands: &[Place], results: &[Place]) -> Checked {
-        for (number, scalar) in scalars.iter().enumerate() {
-            let checked = match scalar {
-                Argument::Scalar { value } => self.bounds.check_table(value),
-                Argument::Extent { extent } => self.bounds.check_extent(*extent),
-                // A kernel that checks indices has one parameter for its word, after all others.
-                Argument::Fault { .. } if number + 1 < scalars.len() => {
-                    Err("a fault word before other scalars".to_owned())
-                }
-                // Fault words are checked together: each belongs to one step.
-                Argument::Epoch | Argument::Fault { .. } => Ok(()),
-                Argument::TensorMap { offset, block } => {
-                    let described = operands
-                        .iter()
-                        .chain(results)
-                        .any(|place| place.at == Argument::Arena { offset: *offset } && block.len() == place.ty.rank());
-                    let fine = described && block.iter().all(|&size| size > 0);
-                    fine.then_some(()).ok_or_else(|| format!("a map of block {block:?} at {offset:#x} of no operand"))
-                }
-                Argument::Arena { .. } | Argument::Weights { .. } | Argument::Peer { .. } | Argument::State { .. } => {
-                    Err("memory without a type".to_owned())
-                }
-            };
-            checked.map_err(|what| format!("scalar {number}: {what}"))?;
+    /// A launch is the one that follows from its kernel's rule, with the scalars that its specification has.
+    fn launch(&self, kernel: u32, scalars: &[Argument], launch: Option<&LaunchShape>) -> Checked {
+        let Some(expected) = self.facts.get(kernel as usize).and_then(|facts| facts.launch.as_ref()) else {
+            let fine = scalars.is_empty() && launch.is_none();
+            return fine.then_some(()).ok_or_else(|| "a grid or scalars for a kernel without code".to_owned());
+        };
+        let shape = launch.ok_or("launches device code without a grid")?;
+        check_shape(shape)?;
+        if *shape != expected.shape {
+            return Err(format!("launches{shape}, and its kernel's rule gives{}", expected.shape));
+        }
+        let count = expected.scalars.len() + usize::from(expected.checks);
+        if scalars.len() != count {
+            return Err(format!("{} scalars, its kernel takes {count}", scalars.len()));
+        }
+        let wanted = expected.scalars.iter().map(Some).chain([None]);
+        for (number, (scalar, wanted)) in scalars.iter().zip(wanted).enumerate() {
+            match (scalar, wanted) {
+                (Argument::Scalar { value }, Some(wanted)) if value == wanted => {}
+                // Words are checked together: each belongs to one step.
+                (Argument::Fault { .. }, None) => {}
+                (_, Some(wanted)) => return Err(format!("scalar {number} is not {wanted}, as its kernel has it")),
+                (_, None) => return Err(format!("scalar {number} is no fault word, and its kernel checks indices")),
+            }
         }
         Ok(())
     }
 
-    fn launch_shape(&self, kernel: u32, launch: Option<&LaunchShape>) -> Checked {
-        let implementation = self.plan.kernels.get(kernel as usize).map(|kernel| &kernel.implementation);
-        match (implementation, launch) {
-            (Some(Implementation::Cuda { .. }), None) => Err("launches device code without a grid".to_owned()),
-            (_, Some(shape)) => self.shape(shape),
-            (_, None) => Ok(()),
-        }
-    }
-
-    fn shape(&self, shape: &LaunchShape) -> Checked {
-        for size in &shape.grid {
-            self.bounds.check_table(size)?;
-            let fits = |position| size.get(position).is_some_and(|size| (1..=i64::from(i32::MAX)).contains(&size));
-            if !(0..self.program.ranks.len()).all(fits) {
-                return Err(format!("a grid of {size}"));
-            }
-        }
-        let threads = shape.block.iter().try_fold(1u64, |threads, &size| threads.checked_mul(u64::from(size)));
-        if !threads.is_some_and(|threads| (1..=MAX_BLOCK_THREADS).contains(&threads)) {
-            return Err(format!("a block of {:?} threads", shape.block));
-        }
-        let fine = shape.shared_bytes <= MAX_SHARED_BYTES;
-        fine.then_some(()).ok_or_else(|| format!("{} bytes of shared memory", shape.shared_bytes))
+    /// An algorithm is as long as its library's; what its bytes say is the library's to know.
+    fn algorithm(&self, kernel: u32, algorithm: &[u8]) -> Checked {
+        let kernel = self.plan.kernels.get(kernel as usize);
+        let bytes = match kernel.map(|kernel| &kernel.implementation) {
+            Some(Implementation::Library { library: Library::CublasLt, .. }) => CUBLASLT_ALGORITHM_BYTES,
+            _ => 0,
+        };
+        let fine = algorithm.is_empty() || algorithm.len() == bytes;
+        fine.then_some(())
+            .ok_or_else(|| format!("an algorithm of {} bytes, its library's have {bytes}", algorithm.len()))
     }
 
     fn collective(&self, op: &Op, operands: &[Place], results: &[Place], algorithm: CollectiveAlgorithm) -> Checked {
@@ -253,6 +245,10 @@ impl Context<'_> {
             }
             other => return Err(format!("{} is not between ranks", other.name())),
         }
+        if (algorithm == CollectiveAlgorithm::Nccl) == self.on_host {
+            let target = &self.plan.manifest.target.architecture;
+            return Err(format!("{} by {algorithm:?} is not for {target}", op.name()));
+        }
         let own = |place: &Place| matches!(&place.at, Argument::Peer { rank, .. } if self.bounds.is_own(rank));
         if algorithm == CollectiveAlgorithm::OneShot && !operands.iter().all(own) {
             return Err("peers cannot read operands outside the rank's own peer arena".to_owned());
@@ -268,6 +264,22 @@ impl Context<'_> {
         let fine = ranks == self.program.ranks;
         fine.then_some(()).ok_or_else(|| format!("groups {groups:?} are not ranks {:?}", self.program.ranks))
     }
+}
+
+/// What every device takes; how much memory and how many registers there are is checked with the code.
+fn check_shape(shape: &LaunchShape) -> Checked {
+    let threads = shape.block.iter().try_fold(1u64, |threads, &size| threads.checked_mul(u64::from(size)));
+    let fine = threads.is_some_and(|threads| (1..=MAX_BLOCK_THREADS).contains(&threads))
+        && shape.block.iter().zip(MAX_BLOCK).all(|(&size, most)| size <= most);
+    fine.then_some(()).ok_or_else(|| format!("a block of {:?} threads", shape.block))
+}
+
+fn check_cost(cost: &StepCost) -> Checked {
+    let StepCost { predicted_ns, operations, memory_bytes, link_bytes } = *cost;
+    let fine = *cost == cost.capped();
+    fine.then_some(()).ok_or_else(|| {
+        format!("is said to take {predicted_ns} ns, {operations} operations, {memory_bytes} and {link_bytes} bytes")
+    })
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]

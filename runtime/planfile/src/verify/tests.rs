@@ -1,6 +1,7 @@
 //! One plan that is fine, and for every check a change of it that must be refused for the right reason.
 
 use super::*;
+use crate::LaunchRule;
 use crate::dtype::DType;
 use crate::expr::RankScalar;
 use crate::op::{Combine, Op};
@@ -9,6 +10,8 @@ use crate::sample;
 use crate::spec::{Recipe, Source};
 use crate::tensor::{Buffer, Tensor};
 use crate::types::{Dim, ExtentId};
+
+mod device_code;
 
 fn f32s(sizes: &[u64]) -> TensorType {
     TensorType::new(DType::F32, sizes)
@@ -66,9 +69,9 @@ fn results(plan: &mut Plan, step: usize) -> &mut Vec<Place> {
     }
 }
 
-fn scalars(plan: &mut Plan, new: Argument) {
+fn scalars(plan: &mut Plan, new: RankScalar) {
     if let Action::Launch { scalars, .. } = &mut plan.programs[0].steps[0].action {
-        scalars.push(new);
+        scalars.push(Argument::Scalar { value: new });
     }
 }
 
@@ -79,6 +82,7 @@ fn arena(offset: u64) -> Argument {
 #[test]
 fn sound_plans_pass() {
     assert_eq!(verify(&sample::plan()), Ok(()));
+    assert_eq!(verify(&sample::gpu()), Ok(()));
     assert_eq!(verify(&sample::staged()), Ok(()));
 }
 
@@ -87,7 +91,14 @@ fn mesh_and_names() {
     refused("3 sizes of weight arenas for 2 ranks", |plan| plan.manifest.weight_arena_bytes.push(0));
     refused("the mesh does not make 2 ranks", |plan| plan.manifest.mesh[0].size = 3);
     refused("0 ranks", |plan| plan.manifest.ranks = 0);
-    refused("link of class `host` between (0, 2)", |plan| plan.manifest.links[0].ranks = (0, 2));
+    let link = |ranks| LinkRequirement { ranks, class: "host".to_owned() };
+    refused("link of class `host` between (0, 2), which do not exchange", |plan| plan.manifest.links[0] = link((0, 2)));
+    refused("link of class `host` between (1, 0), which do not exchange", |plan| plan.manifest.links[0] = link((1, 0)));
+    refused("link of class `host` between (0, 1), which do not exchange", |plan| {
+        plan.manifest.links.push(link((0, 1)))
+    });
+    refused("link of class `` between (0, 1)", |plan| plan.manifest.links[0].class.clear());
+    refused_in(sample::staged(), "no link between", |plan| plan.manifest.links[0] = link((2, 3)));
     refused("two weights are named `w`", |plan| plan.manifest.weights[1].name = "w".to_owned());
     refused("two inputs are named `x`", |plan| {
         let again = plan.manifest.entries[0].inputs[0].clone();
@@ -195,19 +206,13 @@ fn kernels() {
         let op = Op::AllReduce { combine: Combine::Sum, groups: vec![vec![0, 1]] };
         plan.kernels[1] = sample::kernel("k", op, vec![f32s(&[2, 4])]);
     });
-    let cuda = |code| Implementation::Cuda { code, symbol: "k".to_owned() };
-    refused("code 0 of 0", |plan| plan.kernels[0].implementation = cuda(0));
-    refused("code 0: is for sm_90a, the plan is for cpu", |plan| {
-        plan.code.push(Code { architecture: "sm_90a".to_owned(), cubin: vec![1] });
+    let on_gpu = |expected: &str, change: fn(&mut Plan)| refused_in(sample::gpu(), expected, change);
+    on_gpu("kernel `dot_f32` is not called this way", |plan| {
+        if let Action::Launch { kernel, operands, .. } = &mut steps(plan)[3].action {
+            (*kernel, operands[0].at) = (0, arena(256));
+        }
     });
-    refused("launches device code without a grid", |plan| {
-        plan.code.push(Code { architecture: "cpu".to_owned(), cubin: vec![1] });
-        plan.kernels[0].implementation = cuda(0);
-    });
-    refused("kernel `dot_f32` is not called this way", |plan| {
-        plan.kernels[0].implementation = library(4);
-    });
-    refused("the left matrix reaches outside of its 8 elements", |plan| {
+    on_gpu("the left matrix reaches outside of its 8 elements", |plan| {
         plan.kernels[0].implementation = library(5);
     });
     refused("has tables of 3 values for 2 ranks", |plan| {
@@ -263,26 +268,26 @@ fn overwriting_operands() {
 }
 
 #[test]
-fn scalar_arguments() {
-    refused("scalar 0: a table of 3 values", |plan| {
-        scalars(plan, Argument::Scalar { value: RankScalar::ByRank(vec![1, 2, 3]) });
-    });
-    refused("scalar 0: extent 4 of no state", |plan| scalars(plan, Argument::Extent { extent: ExtentId(4) }));
-    refused("scalar 0: memory without a type", |plan| scalars(plan, arena(0)));
-    refused("a map of block [2, 4] at 0x200 of no operand", |plan| {
-        scalars(plan, Argument::TensorMap { offset: 512, block: vec![2, 4] });
-    });
-    let mut plan = sample::plan();
-    scalars(&mut plan, Argument::TensorMap { offset: 256, block: vec![2, 4] });
-    assert_eq!(verify(&plan), Ok(()));
-    refused("a grid of 0", |plan| {
+fn hosts_launch_nothing() {
+    refused("step #0: a grid or scalars for a kernel without code", |plan| scalars(plan, 0.into()));
+    refused("step #0: a grid or scalars for a kernel without code", |plan| {
         if let Action::Launch { launch, .. } = &mut steps(plan)[0].action {
-            *launch = Some(LaunchShape { grid: [1.into(), 0.into(), 1.into()], block: [32, 1, 1], shared_bytes: 0 });
+            *launch = Some(LaunchShape { grid: [1, 1, 1].map(Into::into), block: [32, 1, 1], shared_bytes: 0 });
         }
     });
-    refused("a block of [32, 64, 1] threads", |plan| {
-        if let Action::Launch { launch, .. } = &mut steps(plan)[0].action {
-            *launch = Some(LaunchShape { grid: [1, 1, 1].map(Into::into), block: [32, 64, 1], shared_bytes: 0 });
+    refused("step #1: a persistent step has no machine code", |plan| {
+        with_tasks(plan, &[0]);
+        if let Action::Persistent { launch, .. } = &mut steps(plan)[1].action {
+            *launch = Some(LaunchShape { grid: [1, 1, 1].map(Into::into), block: [32, 1, 1], shared_bytes: 0 });
+        }
+    });
+    refused("kernel 1 (`gather`): is for GPUs, the plan is for cpu", |plan| {
+        plan.kernels[1] = sample::gpu().kernels[1].clone();
+    });
+    refused("code 0: is for sm_90a, the plan is for cpu", |plan| plan.code = sample::gpu().code);
+    refused("step #2: all_reduce by Nccl is not for cpu", |plan| {
+        if let Action::Collective { algorithm, .. } = &mut steps(plan)[2].action {
+            *algorithm = CollectiveAlgorithm::Nccl;
         }
     });
 }
@@ -589,6 +594,7 @@ fn long_programs_take_little_time() {
     let mut plan = sample::plan();
     plan.programs[0].arena_bytes = 2048;
     let mut step = steps(&mut plan)[1].clone();
+    step.cost = StepCost::default();
     for position in 0..50_000u64 {
         if let Action::Launch { results, .. } = &mut step.action {
             results[0].at = arena(1024 + position % 4 * 256);

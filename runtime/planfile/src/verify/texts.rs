@@ -44,7 +44,7 @@ fn of_kernel<'a>(kernel: &'a Kernel, texts: &mut Texts<'a>) {
     texts.push(("kernel", name));
     match implementation {
         Implementation::Reference => {}
-        Implementation::Cuda { code: _, symbol } => texts.push(("symbol", symbol)),
+        Implementation::Cuda { code: _, symbol, rule: _ } => texts.push(("symbol", symbol)),
         Implementation::Library { library: _, version, call: _ } => texts.push(("version", version)),
     }
 }
