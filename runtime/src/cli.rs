@@ -7,6 +7,7 @@ mod comparison;
 mod completions;
 mod doctor;
 mod exit;
+mod framed;
 mod help;
 mod progress;
 mod report;

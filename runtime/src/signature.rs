@@ -1,10 +1,10 @@
 //! Holds given inputs against what an entry expects.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use planfile::frozen::other_value_text;
 use planfile::plan::{PlanEntry, PlanPort};
-use planfile::{Tensor, TensorType};
+use planfile::{FrozenInput, Tensor, TensorType};
 
 use crate::error::RuntimeError;
 
@@ -20,39 +20,68 @@ pub(crate) fn arrange<'a>(
     entry: &'a PlanEntry,
     given: &'a BTreeMap<String, Tensor>,
 ) -> Result<Vec<&'a Tensor>, RuntimeError> {
-    if let Some(name) = given.keys().find(|name| !entry.inputs.iter().any(|port| &port.name == *name)) {
-        let expected = listed(&entry.inputs);
-        return Err(RuntimeError::UnknownInput { entry: entry.name.clone(), name: name.clone(), expected });
+    let expected = Expected::new(entry);
+    if let Some(name) = given.keys().find(|name| !expected.ports.contains_key(name.as_str())) {
+        return Err(expected.unknown(name));
     }
-    entry.inputs.iter().map(|port| check(entry, port, given.get(&port.name))).collect()
+    let frozen: HashMap<&str, &FrozenInput> =
+        entry.frozen.iter().map(|frozen| (frozen.input.as_str(), frozen)).collect();
+    let check = |port: &PlanPort| {
+        let frozen = frozen.get(port.name.as_str());
+        let Some(tensor) = given.get(&port.name).or_else(|| frozen.map(|frozen| &frozen.value)) else {
+            let (entry, name, ty, expected) =
+                (entry.name.clone(), port.name.clone(), port.ty.clone(), listed(&entry.inputs));
+            return Err(RuntimeError::MissingInput { entry, name, ty, expected });
+        };
+        expected.check(&port.name, &tensor.ty)?;
+        if !is_whole(tensor) {
+            let (name, expected, given) = (port.name.clone(), port.ty.clone(), tensor.ty.clone());
+            return Err(RuntimeError::InputShape { name, expected, given });
+        }
+        match frozen.filter(|frozen| frozen.value.data != tensor.data) {
+            Some(&frozen) => Err(RuntimeError::FrozenInput {
+                frozen: Box::new(frozen.into()),
+                given: other_value_text(tensor, &frozen.value),
+            }),
+            None => Ok(tensor),
+        }
+    };
+    entry.inputs.iter().map(check).collect()
 }
 
-fn check<'a>(entry: &'a PlanEntry, port: &PlanPort, tensor: Option<&'a Tensor>) -> Result<&'a Tensor, RuntimeError> {
-    let name = || port.name.clone();
-    let frozen = entry.frozen.iter().find(|frozen| frozen.input == port.name);
-    let Some(tensor) = tensor.or_else(|| frozen.map(|frozen| &frozen.value)) else {
-        let expected = listed(&entry.inputs);
-        return Err(RuntimeError::MissingInput {
-            entry: entry.name.clone(),
-            name: name(),
-            ty: port.ty.clone(),
-            expected,
-        });
-    };
-    let (expected, given) = (port.ty.clone(), tensor.ty.clone());
-    if given.dtype != expected.dtype {
-        return Err(RuntimeError::InputDType { name: name(), expected, given });
+/// The types that an entry expects, by the names of its inputs.
+pub(crate) struct Expected<'a> {
+    entry: &'a PlanEntry,
+    ports: HashMap<&'a str, &'a TensorType>,
+}
+
+impl<'a> Expected<'a> {
+    pub(crate) fn new(entry: &'a PlanEntry) -> Self {
+        Self { entry, ports: entry.inputs.iter().map(|port| (port.name.as_str(), &port.ty)).collect() }
     }
-    // Bounded dimensions are given at their capacity.
-    if given.sizes() != expected.sizes() || !is_whole(tensor) {
-        return Err(RuntimeError::InputShape { name: name(), expected, given });
+
+    fn unknown(&self, name: &str) -> RuntimeError {
+        let expected = listed(&self.entry.inputs);
+        RuntimeError::UnknownInput { entry: self.entry.name.clone(), name: name.to_owned(), expected }
     }
-    match frozen.filter(|frozen| frozen.value.data != tensor.data) {
-        Some(frozen) => Err(RuntimeError::FrozenInput {
-            frozen: Box::new(frozen.into()),
-            given: other_value_text(tensor, &frozen.value),
-        }),
-        None => Ok(tensor),
+
+    /// Whether there is such an input and `given` is its type.
+    ///
+    /// # Errors
+    /// A name that is unknown, another type or shape.
+    pub(crate) fn check(&self, name: &str, given: &TensorType) -> Result<(), RuntimeError> {
+        let &expected = self.ports.get(name).ok_or_else(|| self.unknown(name))?;
+        let differs = || (name.to_owned(), expected.clone(), given.clone());
+        if given.dtype != expected.dtype {
+            let (name, expected, given) = differs();
+            return Err(RuntimeError::InputDType { name, expected, given });
+        }
+        // Bounded dimensions are given at their capacity.
+        if given.sizes() != expected.sizes() {
+            let (name, expected, given) = differs();
+            return Err(RuntimeError::InputShape { name, expected, given });
+        }
+        Ok(())
     }
 }
 

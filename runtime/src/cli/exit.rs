@@ -1,16 +1,16 @@
 //! How a command ends: its exit code, and what is said about a failure.
 
 use std::fmt;
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, Write};
 use std::process::ExitCode;
 
 use cpu::recipe::RecipeError;
-use miette::{Diagnostic, MietteHandlerOpts, Report};
 use planfile::PlanError;
 use planfile::printable::{printable_json, printable_lines};
 use planfile::replace::ReplaceError;
 use serde_json::Value;
 
+use super::framed;
 use crate::cuda::CudaError;
 use crate::error::{RuntimeError, StepError};
 use crate::image::ImageError;
@@ -72,8 +72,6 @@ impl fmt::Display for Failure {
 }
 
 impl std::error::Error for Failure {}
-
-impl Diagnostic for Failure {}
 
 impl From<PlanError> for Failure {
     fn from(error: PlanError) -> Self {
@@ -199,14 +197,10 @@ impl From<TensorFileError> for Failure {
 
 /// Reports a failure on standard error; the exit code.
 pub fn finish(outcome: Result<Exit, Failure>) -> ExitCode {
-    let exit = outcome.unwrap_or_else(|mut failure| {
-        let exit = failure.exit;
-        failure.message = printable_lines(&failure.message).into_owned();
-        // Lines are wrapped for people only; a second hook would be refused, and the first is as good.
-        let wrap = io::stderr().is_terminal();
-        let _ = miette::set_hook(Box::new(move |_| Box::new(MietteHandlerOpts::new().wrap_lines(wrap).build())));
-        let _ = writeln!(io::stderr(), "{:?}", Report::new(failure));
-        exit
+    let exit = outcome.unwrap_or_else(|failure| {
+        let message = printable_lines(&failure.message);
+        let _ = write!(io::stderr(), "{}", framed::for_standard_error(&message));
+        failure.exit
     });
     ExitCode::from(exit as u8)
 }

@@ -22,9 +22,10 @@ use super::report::time_text;
 use crate::compare::{Tolerance, to_f64s};
 use crate::cuda::OtherVersion;
 use crate::error::{RuntimeError, StepError};
-use crate::npz::{read_npz, write_npz};
+use crate::npz::{read_npz_with, write_npz};
 use crate::rounding::Rounding;
 use crate::session::MAX_THREADS;
+use crate::signature::Expected;
 use crate::tensor_file::TestData;
 use crate::{Devices, Session, random_inputs};
 
@@ -175,10 +176,12 @@ fn other_version_text(OtherVersion { library, recorded, found, path }: &OtherVer
 pub(super) fn given_inputs(entry: &PlanEntry, data: Data<'_>) -> Result<BTreeMap<String, Tensor>, Failure> {
     match data {
         Data::Random => Ok(random_inputs(entry, RANDOM_SEED)?),
-        // As the compiler does with the model's names.
         Data::Npz(path) => {
-            let shown = |(name, tensor): (String, Tensor)| (printable(&name).into_owned(), tensor);
-            Ok(read_npz(path)?.into_iter().map(shown).collect())
+            // Before memory is taken for it, so that what a file claims to hold costs nothing.
+            let expected = Expected::new(entry);
+            let given = read_npz_with(path, |name, ty| Ok::<_, Failure>(expected.check(&printable(name), ty)?))?;
+            // As the compiler does with the model's names.
+            Ok(given.into_iter().map(|(name, tensor)| (printable(&name).into_owned(), tensor)).collect())
         }
         Data::TestData(data) => by_name(entry, data),
     }
