@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::CommandFactory;
+use cpu::CpuError;
 use cpu::recipe::RecipeError;
 use onnx::OnnxError;
 use passes::compile::Warning;
@@ -185,6 +186,8 @@ fn recipe_exit(error: &RecipeError) -> Exit {
     match error {
         error if error.is_memory() => Exit::Invalid,
         RecipeError::Read(_) => Exit::File,
+        // What the model's own constants ask for: an index beyond its table, an operator on a type that has none.
+        RecipeError::Evaluate(CpuError::Index { .. } | CpuError::Unsupported { .. }) => Exit::Invalid,
         RecipeError::Malformed(_)
         | RecipeError::Region { .. }
         | RecipeError::Memory { .. }

@@ -122,6 +122,81 @@ impl Desk {
 }
 
 #[test]
+fn names_that_stand_for_two_things_are_refused() {
+    let negation = || vec![node("Neg", &["x"], &["y"], vec![])];
+    let outputs = GraphProto { output: vec![value("y", 1, &[2]); 2], ..graph(negation()) };
+    Desk::new(&model(outputs, vec![])).refused("`y` twice: as output 0 and as output 1");
+    let inputs = GraphProto { input: vec![value("x", 1, &[2]); 2], ..graph(negation()) };
+    Desk::new(&model(inputs, vec![])).refused("defines `x` twice");
+    let nodes = graph([negation(), negation()].concat());
+    Desk::new(&model(nodes, vec![])).refused("defines `y` twice");
+    let results = graph(vec![node("Split", &["x"], &["y", "y"], vec![])]);
+    Desk::new(&model(results, vec![])).refused("defines `y` twice");
+    let weights = GraphProto { initializer: vec![floats("w", &[2]), floats("w", &[2])], ..graph(negation()) };
+    Desk::new(&model(weights, vec![])).refused("defines `w` twice");
+    let weight = GraphProto { initializer: vec![floats("y", &[2])], ..graph(negation()) };
+    Desk::new(&model(weight, vec![])).refused("defines `y` twice");
+}
+
+#[test]
+fn nothing_cannot_be_resized_to_something() {
+    let inputs = ["w", "", "", "sizes"];
+    let nodes = vec![
+        node("Resize", &inputs, &["t"], vec![]),
+        node("ReduceSum", &["t"], &["s"], vec![]),
+        node("Add", &["x", "s"], &["y"], vec![]),
+    ];
+    let initializer = vec![floats("w", &[1, 1, 5, 0]), integers("sizes", &[4], &[1, 1, 2, 2])];
+    Desk::new(&model(GraphProto { initializer, ..graph(nodes) }, vec![])).refused("has nothing to resample");
+}
+
+/// A tensor of ones.
+fn floats(name: &str, sizes: &[i64]) -> TensorProto {
+    let ones = vec![1.0f32; sizes.iter().product::<i64>() as usize];
+    TensorProto { name: name.into(), dims: sizes.to_vec(), data_type: 1, float_data: ones, ..TensorProto::default() }
+}
+
+fn integers(name: &str, sizes: &[i64], values: &[i64]) -> TensorProto {
+    let int64_data = values.to_vec();
+    TensorProto { name: name.into(), dims: sizes.to_vec(), data_type: 7, int64_data, ..TensorProto::default() }
+}
+
+/// An index that is out of range ends as the model's fault, whether the result is folded, made from weights while the
+/// plan is written, or not read at all.
+#[test]
+fn constant_indices_out_of_range_are_refused() {
+    let int = |name: &str, value: i64| AttributeProto { i: value, ..attribute(name, AttributeType::Int) };
+    let node_of = node;
+    for rows in [2, 5_000] {
+        let table = || floats("w", &[rows, 2]);
+        let refused = |node: NodeProto, indices: TensorProto, more: Vec<TensorProto>| {
+            // All of the result is needed.
+            let sum = node_of("ReduceSum", &["t"], &["s"], vec![int("keepdims", 0)]);
+            let nodes = vec![node, sum, node_of("Add", &["x", "s"], &["y"], vec![])];
+            let initializer = [vec![table(), indices], more].concat();
+            let desk = Desk::new(&model(GraphProto { initializer, ..graph(nodes) }, vec![]));
+            let (code, said) = desk.compile(&[]);
+            assert_eq!(code, 3, "{rows} rows: {said}");
+            assert!(said.contains("ndex") && said.contains(&rows.to_string()), "{said}");
+        };
+        let wide = vec![rows; 5_000];
+        refused(node("Gather", &["w", "i"], &["t"], vec![]), integers("i", &[5_000], &wide), vec![]);
+        refused(node("Gather", &["w", "i"], &["t"], vec![]), integers("i", &[1], &[-rows - 1]), vec![]);
+        let pairs = vec![rows; 10_000];
+        refused(
+            node("GatherElements", &["w", "i"], &["t"], vec![int("axis", 0)]),
+            integers("i", &[5_000, 2], &pairs),
+            vec![],
+        );
+        refused(node("GatherND", &["w", "i"], &["t"], vec![]), integers("i", &[5_000, 1], &wide), vec![]);
+        let update = |sizes: &[i64]| vec![floats("u", sizes)];
+        refused(node("ScatterND", &["w", "i", "u"], &["t"], vec![]), integers("i", &[1, 1], &[rows]), update(&[1, 2]));
+        let scatter = node("ScatterElements", &["w", "i", "u"], &["t"], vec![int("axis", 0)]);
+        refused(scatter, integers("i", &[1, 2], &[0, rows]), update(&[1, 2]));
+    }
+}
+
+#[test]
 fn cyclic_functions_are_refused() {
     let alone = vec![function("a", vec![call("a")])];
     let ring = vec![

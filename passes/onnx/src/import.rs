@@ -56,7 +56,7 @@ pub fn import(model: &Model, bindings: &Bindings, weights: &WeightFiles) -> Resu
 /// where nothing is found and all inputs are known.
 ///
 /// # Errors
-/// A model whose outputs nothing defines.
+/// A model with an output that nothing defines, or two of one name.
 pub(crate) fn attempt(
     model: &Model,
     types: &[InputType],
@@ -64,6 +64,7 @@ pub(crate) fn attempt(
     weights: &WeightFiles,
     refused: Vec<UnsupportedNode>,
 ) -> Result<(Module, Findings), OnnxError> {
+    check_outputs(&model.graph)?;
     let name = if model.graph.name.is_empty() { "main" } else { &model.graph.name };
     let mut inputs = Vec::new();
     let mut ports = Vec::new();
@@ -110,6 +111,22 @@ pub(crate) fn attempt(
         }
     }
     Ok((finish(builder, ports, outputs), import.findings))
+}
+
+/// Whether every output has a name of its own: results are given by name.
+fn check_outputs(graph: &flat::Graph) -> Result<(), OnnxError> {
+    let mut known: HashMap<&str, usize> = HashMap::new();
+    for (position, output) in graph.outputs.iter().enumerate() {
+        if let Some(first) = known.insert(&output.name, position) {
+            return Err(OnnxError::DuplicateName {
+                place: "the graph".to_owned(),
+                name: output.name.clone(),
+                first: format!("output {first}"),
+                second: format!("output {position}"),
+            });
+        }
+    }
+    Ok(())
 }
 
 /// Puts graph and signature into the module.

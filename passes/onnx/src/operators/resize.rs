@@ -66,6 +66,10 @@ fn emit(
     axes: Axes,
 ) -> Result<ValueId, OpError> {
     let Axes { scales, sizes, region } = axes;
+    let from = ctx.sizes(x);
+    if let Some(axis) = (0..sizes.len().min(from.len())).find(|&axis| from[axis] == 0 && !sizes.contains(&0)) {
+        return Err(ctx.invalid(&format!("axis {axis} of {} has nothing to resample", ctx.ty(x))));
+    }
     let crops = matches!(coordinates, Coordinates::TfCropAndResize { .. });
     if !crops && sizes == ctx.sizes(x) && scales.iter().all(|&scale| scale == 1.0) {
         return Ok(x);
