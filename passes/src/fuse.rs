@@ -7,9 +7,7 @@
 //! makes. No bit of a result changes: an expression that is spliced into another keeps its roundings. What reads a
 //! state stays where it is, since the state may be written before the reader runs.
 
-use std::sync::Arc;
-
-use ir::{Graph, Module, Node, Origin, ValueDef, ValueId};
+use ir::{Graph, Module, Node, ValueDef, ValueId, joined_origin};
 use planfile::{Expr, ExprOp, Op};
 
 use crate::error::PassError;
@@ -32,12 +30,17 @@ pub fn run(mut module: Module, _: &Settings<'_>) -> Result<Module, PassError> {
 
 fn fuse(graph: &mut Graph) {
     let mut reads = vec![0u32; graph.values.len()];
-    let operands = graph.nodes.iter().flat_map(|node| {
-        // An operand that a node reads twice has one reader.
-        node.operands.iter().enumerate().filter(|(at, value)| !node.operands[..*at].contains(value))
-    });
-    for value in operands.map(|(_, value)| *value).chain(graph.outputs.iter().map(|output| output.value)) {
-        reads[value.index()] += 1;
+    // An operand that a node reads twice has one reader.
+    let mut last_reader = vec![usize::MAX; graph.values.len()];
+    for (index, node) in graph.nodes.iter().enumerate() {
+        for operand in &node.operands {
+            if std::mem::replace(&mut last_reader[operand.index()], index) != index {
+                reads[operand.index()] += 1;
+            }
+        }
+    }
+    for output in &graph.outputs {
+        reads[output.value.index()] += 1;
     }
     for index in 0..graph.nodes.len() {
         // What a merged node read may be merged as well: nodes before it have been through this.
@@ -50,6 +53,10 @@ fn fuse(graph: &mut Graph) {
 /// The node with its producers in it, where that is possible for any.
 fn merged(graph: &Graph, node: &Node, reads: &[u32]) -> Option<Node> {
     let Op::Pointwise { expr, dims } = &node.op else { return None };
+    // Whatever is taken makes it longer.
+    if expr.ops.len() > MAX_OPS {
+        return None;
+    }
     let producers: Vec<Option<(&Expr, &Node)>> = node
         .operands
         .iter()
@@ -163,13 +170,9 @@ impl<'a> Splice<'a> {
         let Some((ops, operands)) = self.write() else { return node.clone() };
         let Op::Pointwise { dims, .. } = &node.op else { return node.clone() };
         let op = Op::Pointwise { expr: Expr { ops }, dims: dims.clone() };
-        let mut origin = Vec::new();
-        for name in self.taken.iter().flat_map(|(_, _, producer)| producer.origin.iter()).chain(node.origin.iter()) {
-            if !origin.contains(name) {
-                origin.push(Arc::clone(name));
-            }
-        }
-        Node { op, operands, results: node.results.clone(), origin: Origin::from(origin) }
+        let origins = self.taken.iter().map(|(_, _, producer)| &producer.origin);
+        let origin = joined_origin(origins.chain([&node.origin]));
+        Node { op, operands, results: node.results.clone(), origin }
     }
 }
 
@@ -259,6 +262,19 @@ mod tests {
              %y: f32[2, 3] = pointwise %x, %h {$0 + $1}
              return %y",
         );
+    }
+
+    #[test]
+    fn readers_of_a_wide_node_are_counted_once_each() {
+        // Comparing each operand with those before it would be twenty thousand million comparisons.
+        const OPERANDS: usize = 200_000;
+        let ty = planfile::TensorType::new(planfile::DType::F32, &[1]);
+        let mut module = parse_lines("%x: f32[1]\n%y = concat %x, %x {axis 0}\nreturn %y").unwrap();
+        let graph = &mut module.graphs[0];
+        let operands = (1..OPERANDS as u32).map(|input| graph.add_source(ty.clone(), ValueDef::Input(input)));
+        graph.nodes[0].operands = operands.collect();
+        fuse(graph);
+        assert_eq!(graph.nodes[0].operands.len(), OPERANDS - 1);
     }
 
     #[test]

@@ -31,6 +31,7 @@ pub fn run(scheduled: &Scheduled, target: &Target, assembler: &dyn Assembler) ->
         kernels: Vec::new(),
         kernel_index: HashMap::new(),
         sources: Vec::new(),
+        source_index: HashMap::new(),
         names: Vec::new(),
         name_index: HashMap::new(),
         placed: Vec::new(),
@@ -103,7 +104,7 @@ pub fn run(scheduled: &Scheduled, target: &Target, assembler: &dyn Assembler) ->
 }
 
 /// A kernel's source: one translation unit that defines the function `symbol`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct KernelSource {
     pub symbol: String,
     pub source: String,
@@ -172,6 +173,7 @@ struct Lowering<'a> {
     kernels: Vec<Kernel>,
     kernel_index: HashMap<Spec, u32>,
     sources: Vec<Labelled>,
+    source_index: HashMap<KernelSource, usize>,
     names: Vec<String>,
     name_index: HashMap<String, u32>,
     placed: Vec<PlacedWeight>,
@@ -283,13 +285,8 @@ impl Lowering<'_> {
                 Action::Library { kernel, operands, results, workspace, algorithm: vec![] }
             }
         };
-        let mut origin = Vec::new();
-        for name in region.nodes.iter().flat_map(|&id| graph.node(id).origin.iter()).filter(|name| !name.is_empty()) {
-            let name = self.name(name);
-            if !origin.contains(&name) {
-                origin.push(name);
-            }
-        }
+        let names = ir::joined_origin(region.nodes.iter().map(|&id| &graph.node(id).origin));
+        let origin = names.iter().filter(|name| !name.is_empty()).map(|name| self.name(name)).collect();
         Ok(Step { action, stream: 0, waits: vec![], origin, cost: cost::region(graph, region, self.target).capped() })
     }
 
@@ -314,9 +311,8 @@ impl Lowering<'_> {
     /// Where the kernel's machine code will be: sources that are the same share it.
     fn code(&mut self, launch: &Launch, label: [u8; LABEL_BYTES]) -> Implementation {
         let kernel = KernelSource { symbol: launch.symbol.clone(), source: launch.source.clone() };
-        let known = self.sources.iter().position(|known| known.kernel == kernel);
-        let code = known.unwrap_or_else(|| {
-            self.sources.push(Labelled { kernel, labels: Vec::new() });
+        let code = *self.source_index.entry(kernel).or_insert_with_key(|kernel| {
+            self.sources.push(Labelled { kernel: kernel.clone(), labels: Vec::new() });
             self.sources.len() - 1
         });
         self.sources[code].labels.push(label);

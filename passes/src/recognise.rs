@@ -11,7 +11,7 @@
 
 use std::sync::Arc;
 
-use ir::{Graph, Module, Node, NodeId, Origin, Value, ValueDef, ValueId};
+use ir::{Graph, Module, Node, NodeId, Origin, Value, ValueDef, ValueId, joined_origin};
 use planfile::{Binary, DType, Expr, ExprOp, Op, Real, Unary};
 
 use crate::error::PassError;
@@ -87,7 +87,7 @@ struct Found {
     v: ValueId,
     mask: Option<ValueId>,
     scale: f64,
-    origin: Vec<Arc<str>>,
+    origin: Origin,
 }
 
 /// A product of heads: `[B, H, _, _]`, contracted over the last dimension of the left side and `right` of the right one.
@@ -146,12 +146,7 @@ fn found(readers: &Readers<'_>, node: &Node) -> Option<Found> {
         operand
     };
     let (q, k) = (side(q), side(k));
-    let mut origin: Vec<Arc<str>> = Vec::new();
-    for name in parts.iter().rev().flat_map(|node| node.origin.iter()) {
-        if !origin.contains(name) {
-            origin.push(Arc::clone(name));
-        }
-    }
+    let origin = joined_origin(parts.iter().rev().map(|node| &node.origin));
     let rows = graph.ty(*node.results.first()?);
     let fits = |value: ValueId| graph.ty(value).rank() == 4 && graph.ty(value).dtype == rows.dtype;
     (fits(q) && fits(k) && fits(v)).then_some(Found { q, k, transposed, v, mask, scale, origin })
@@ -215,7 +210,7 @@ fn rewritten(old: &Graph) -> Result<Graph, String> {
     for node in &old.nodes {
         let mut node = node.clone();
         if let Some(found) = found(&readers, &node) {
-            let origin = Origin::from(found.origin);
+            let origin = found.origin;
             let k = if found.transposed { swapped(&mut new, old, found.k, &origin)? } else { found.k };
             let op = Op::Attention {
                 scale: Real(found.scale),

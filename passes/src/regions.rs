@@ -32,6 +32,9 @@ pub enum Devices {
     Cuda(Options),
 }
 
+/// Inputs of a region that grows: no kernel that takes others along reads more, and each would be tried.
+const MAX_INPUTS: usize = 256;
+
 /// Whether the node is only another view of its operand.
 pub fn is_view(node: &Node) -> bool {
     matches!(node.op, Op::Reshape { .. })
@@ -240,10 +243,16 @@ fn grown(graph: &Graph, options: &Options) -> Result<Vec<Option<Region>>, String
             regions[index] = Some(own);
             continue;
         }
-        let mut refused: Vec<ValueId> = Vec::new();
-        loop {
-            let next = own.inputs.iter().copied().find(|input| !refused.contains(input));
-            let Some(input) = next else { break };
+        let mut refused: BTreeSet<ValueId> = BTreeSet::new();
+        // Inputs before this one are refused.
+        let mut at = 0;
+        while own.inputs.len() <= MAX_INPUTS
+            && let Some(&input) = own.inputs.get(at)
+        {
+            if refused.contains(&input) {
+                at += 1;
+                continue;
+            }
             let mut merged = None;
             if let Some(taken) = behind(graph, &readers, &regions, &own, input) {
                 let nodes = own.nodes.iter().map(|id| id.index()).chain(taken).collect();
@@ -253,8 +262,10 @@ fn grown(graph: &Graph, options: &Options) -> Result<Vec<Option<Region>>, String
                 }
             }
             match merged {
-                Some(candidate) => own = candidate,
-                None => refused.push(input),
+                Some(candidate) => (own, at) = (candidate, 0),
+                None => {
+                    refused.insert(input);
+                }
             }
         }
         for inner in &own.nodes {
@@ -356,6 +367,22 @@ mod tests {
         let regions = regions(&module.graphs[0], &Devices::Cuda(options)).unwrap();
         let shape = |region: Region| (region.nodes.iter().map(|id| id.index()).collect(), region.inputs.len());
         regions.into_iter().flatten().map(shape).collect()
+    }
+
+    #[test]
+    fn a_wide_node_is_not_tried_with_each_of_its_inputs() {
+        // Looking through all that was refused before each would be a million million comparisons.
+        const OPERANDS: usize = 20_000;
+        let (mut inputs, mut names) = (String::new(), Vec::new());
+        for number in 0..OPERANDS {
+            inputs.push_str(&format!("%x{number}: f32[1, 4]\n"));
+            names.push(format!("%x{number}"));
+        }
+        let text = format!("{inputs} %y = concat {} {{axis 0}}\n return %y", names.join(", "));
+        let module = ir::text::parse_lines(&text).unwrap();
+        let options = Options { architecture: "sm_90a".to_owned(), allow_tf32: false };
+        let grown = grown(&module.graphs[0], &options).unwrap();
+        assert_eq!(grown[0].as_ref().map(|region| region.inputs.len()), Some(OPERANDS));
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Inputs for runs that bring none.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use half::{bf16, f16};
 use planfile::plan::PlanEntry;
@@ -17,9 +17,11 @@ use crate::memory::allocate;
 /// [`RuntimeError::Memory`] where an input does not fit.
 pub fn random_inputs(entry: &PlanEntry, seed: u64) -> Result<BTreeMap<String, Tensor>, RuntimeError> {
     let mut inputs = BTreeMap::new();
+    let frozen = entry.frozen.iter().map(|frozen| (frozen.input.as_str(), &frozen.value));
+    let frozen: HashMap<&str, &Tensor> = frozen.collect();
     for (position, port) in entry.inputs.iter().enumerate() {
-        let tensor = match entry.frozen.iter().find(|frozen| frozen.input == port.name) {
-            Some(frozen) => frozen.value.clone(),
+        let tensor = match frozen.get(port.name.as_str()) {
+            Some(&frozen) => frozen.clone(),
             None => random(&port.name, &port.ty, SplitMix(seed ^ ((position as u64) << 32)))?,
         };
         inputs.insert(port.name.clone(), tensor);

@@ -13,4 +13,7 @@ pub mod verify;
 pub use error::IrError;
 pub use ids::{GraphId, NodeId, StateId, ValueId, WeightId};
 pub use mesh::{Mesh, MeshAxis, Piece, Placement, Segment, Split, SubAxes};
-pub use module::{Entry, Graph, Module, Node, Origin, Output, Port, Shard, State, Value, ValueDef, Weight, origin};
+pub use module::{
+    Entry, Graph, MAX_ORIGIN_NAMES, Module, Node, Origin, Output, Port, Shard, State, Value, ValueDef, Weight,
+    joined_origin, origin,
+};

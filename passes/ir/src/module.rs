@@ -133,6 +133,40 @@ pub struct Node {
 /// Names of ONNX nodes, shared between the nodes that came from them.
 pub type Origin = Arc<[Arc<str>]>;
 
+/// Names that an origin holds at most. Chains and equal nodes hand their names on to what becomes of them: without a
+/// limit, names would grow with the square of a model.
+pub const MAX_ORIGIN_NAMES: usize = 256;
+
+/// Last of the names of an origin that left some out.
+const OTHERS: &str = "…";
+
+/// Names of all, each once, in order; where there are more than [`MAX_ORIGIN_NAMES`], `…` stands for the others.
+pub fn joined_origin<'a>(origins: impl IntoIterator<Item = &'a Origin>) -> Origin {
+    let mut origins = origins.into_iter();
+    let Some(first) = origins.next() else { return Arc::from([]) };
+    let is_full =
+        |names: &[Arc<str>]| names.len() >= MAX_ORIGIN_NAMES && names.last().is_some_and(|last| **last == *OTHERS);
+    if is_full(first) {
+        return Arc::clone(first);
+    }
+    let mut names: Vec<Arc<str>> = first.to_vec();
+    for name in origins.flat_map(|origin| origin.iter()) {
+        if names.len() >= MAX_ORIGIN_NAMES {
+            if is_full(&names) {
+                break;
+            }
+            if !names.contains(name) {
+                names.truncate(MAX_ORIGIN_NAMES - 1);
+                names.push(Arc::from(OTHERS));
+            }
+        } else if !names.contains(name) {
+            names.push(Arc::clone(name));
+        }
+    }
+    // Shared where nothing came to it.
+    if names[..] == first[..] { Arc::clone(first) } else { Arc::from(names) }
+}
+
 /// An origin of one name.
 pub fn origin(name: &str) -> Origin {
     Arc::from([Arc::from(name)])

@@ -152,6 +152,9 @@ pub(crate) fn bind(graph: &Graph, bindings: &Bindings, trial: u64) -> Result<Inp
         }
         types.push(InputType::Known { ty, is_open });
     }
+    // A name is asked for once.
+    let mut asked: BTreeSet<String> = BTreeSet::new();
+    open.retain(|open| open.name.as_ref().is_none_or(|name| asked.insert(name.clone())));
     Ok(Inputs { types, open })
 }
 
@@ -179,11 +182,14 @@ fn check_names(graph: &Graph, bindings: &Bindings, dims: &BTreeSet<String>) -> R
     if let Some(name) = bindings.dims.keys().find(|name| !inside.contains(*name)) {
         return Err(BindingError::UnknownDim { name: name.clone(), known: dims.iter().cloned().collect() });
     }
-    let known: Vec<String> = graph.inputs.iter().map(|input| input.name.clone()).collect();
+    let known: BTreeSet<&str> = graph.inputs.iter().map(|input| input.name.as_str()).collect();
     let shapes = bindings.shapes.keys().map(|name| ("`--shape`", name));
     let samples = bindings.samples.keys().map(|name| ("a sample", name));
-    match shapes.chain(samples).find(|(_, name)| !known.contains(name)) {
-        Some((given, input)) => Err(BindingError::UnknownInput { given, input: input.clone(), known }),
+    match shapes.chain(samples).find(|(_, name)| !known.contains(name.as_str())) {
+        Some((given, input)) => {
+            let known = graph.inputs.iter().map(|input| input.name.clone()).collect();
+            Err(BindingError::UnknownInput { given, input: input.clone(), known })
+        }
         None => Ok(()),
     }
 }
@@ -311,8 +317,7 @@ fn model_sizes(
             }
         };
         sizes.push(size.unwrap_or_else(|open| {
-            let known = |open: &UnboundDim| open.name.is_some() && unbound.iter().any(|other| other.name == open.name);
-            unbound.extend(open.filter(|open| !known(open)));
+            unbound.extend(open);
             is_open = true;
             match dim {
                 DimSpec::Param(name) => evaluate(name, &|symbol| bound(symbol).or(Some(trial))).unwrap_or(trial),

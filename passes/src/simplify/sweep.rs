@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use ir::{Graph, Node, NodeId, Origin, Output, Value, ValueDef, ValueId, WeightId};
+use ir::{Graph, Node, NodeId, Origin, Output, Value, ValueDef, ValueId, WeightId, joined_origin};
 use planfile::{Op, TensorType, infer};
 
 use super::affine::{self, Affine};
@@ -212,13 +212,7 @@ impl<'a, 'b> Sweep<'a, 'b> {
     }
 }
 
-/// Names of both, each once, in order.
+/// Names of both.
 pub(super) fn union(first: &Origin, second: &Origin) -> Origin {
-    let mut names: Vec<Arc<str>> = first.to_vec();
-    for name in second.iter() {
-        if !names.contains(name) {
-            names.push(Arc::clone(name));
-        }
-    }
-    if names.len() == first.len() { Arc::clone(first) } else { Arc::from(names) }
+    joined_origin([first, second])
 }

@@ -5,7 +5,7 @@
 
 mod steps;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 
 use serde::Serialize;
@@ -81,6 +81,7 @@ pub fn diff(before: &Plan, after: &Plan) -> Diff {
 /// A plan that cannot be read, or is damaged.
 pub fn values(before: &PlanFile, after: &PlanFile, diff: &mut Diff) -> Result<(), PlanError> {
     let theirs = placed_by_name(&after.plan().manifest);
+    let mut told: BTreeSet<String> = diff.values.iter().cloned().collect();
     for (key, mine) in placed_by_name(&before.plan().manifest) {
         let Some(their) = theirs.get(&key) else { continue };
         if (&mine.ty, &mine.splits, &mine.ranks) != (&their.ty, &their.splits, &their.ranks) {
@@ -91,7 +92,7 @@ pub fn values(before: &PlanFile, after: &PlanFile, diff: &mut Diff) -> Result<()
         for (&mine, &their) in mine.images.iter().zip(&their.images) {
             differs = differs || !equal_images(before, mine, after, their, bytes)?;
         }
-        if differs && !diff.values.iter().any(|name| name == key.0) {
+        if differs && told.insert(key.0.to_owned()) {
             diff.values.push(key.0.to_owned());
         }
     }

@@ -1,12 +1,12 @@
 //! One entry: its signature against its stages, and the stages against each other.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use planfile::op::Op;
 use planfile::{FrozenInput, TensorType};
 
 use super::{check_type, check_whole, unique};
-use crate::module::{Entry, Graph, Module, ValueDef};
+use crate::module::{Entry, Graph, Module, Port, ValueDef};
 
 pub(super) fn check(module: &Module, entry: &Entry) -> Result<(), String> {
     for (what, ports) in [("inputs", &entry.inputs), ("outputs", &entry.outputs)] {
@@ -35,9 +35,9 @@ pub(super) fn check(module: &Module, entry: &Entry) -> Result<(), String> {
 fn check_frozen(entry: &Entry) -> Result<(), String> {
     unique(entry.frozen.iter().map(|frozen| frozen.input.as_str()))
         .map_err(|name| format!("`{name}` is frozen twice"))?;
+    let ports: HashMap<&str, &Port> = entry.inputs.iter().map(|port| (port.name.as_str(), port)).collect();
     for FrozenInput { input: name, value: tensor, .. } in &entry.frozen {
-        let port = entry.inputs.iter().find(|port| port.name == *name);
-        let port = port.ok_or_else(|| format!("frozen `{name}` is no input"))?;
+        let port = ports.get(name.as_str()).ok_or_else(|| format!("frozen `{name}` is no input"))?;
         if port.ty != tensor.ty || tensor.ty.bytes() != Some(tensor.data.len() as u64) {
             let (ty, bytes) = (&tensor.ty, tensor.data.len());
             return Err(format!("frozen `{name}` is {ty} in {bytes} bytes, the input {}", port.ty));

@@ -1,5 +1,7 @@
 //! Signature, mesh, recipes and states: what the manifest says about itself.
 
+use std::collections::HashMap;
+
 use super::{ARENA_ALIGN, MAX_RANKS, Report, duplicate, sound_bytes};
 use crate::architecture::Architecture;
 use crate::frozen::FrozenInput;
@@ -70,14 +72,14 @@ fn check_entry(entry: &PlanEntry, report: &mut Report) {
     for port in entry.inputs.iter().chain(&entry.outputs) {
         report.check(format_args!("entry `{}`, `{}`", entry.name, port.name), sound_bytes(&port.ty).map(|_| ()));
     }
+    let ports: HashMap<&str, &PlanPort> = entry.inputs.iter().map(|port| (port.name.as_str(), port)).collect();
     for FrozenInput { input: name, value, .. } in &entry.frozen {
         let bytes = sound_bytes(&value.ty);
         let fine = bytes.and_then(|bytes| {
             let fine = bytes == value.data.len() as u64;
             fine.then_some(()).ok_or_else(|| format!("{} bytes for {}", value.data.len(), value.ty))
         });
-        let port = entry.inputs.iter().find(|port| port.name == *name);
-        let fine = fine.and_then(|()| match port {
+        let fine = fine.and_then(|()| match ports.get(name.as_str()) {
             Some(port) if port.ty == value.ty => Ok(()),
             Some(port) => Err(format!("{} for the input {}", value.ty, port.ty)),
             None => Err("there is no such input".to_owned()),

@@ -70,7 +70,7 @@ fn message(given: &Given<'_>) -> String {
 
 #[test]
 fn stored_and_deflated_entries_are_read() {
-    let text: Vec<u8> = (0..100_000u32).flat_map(|number| (number * number).to_le_bytes()).collect();
+    let text: Vec<u8> = (0..100_000u32).flat_map(|number| number.wrapping_mul(number).to_le_bytes()).collect();
     let (packed, checksum) = (deflated(&text), checksum(&text));
     let bytes = text.len() as u64;
     let stored = Given { name: "x", method: STORED, packed: &text, bytes, checksum };
