@@ -267,3 +267,33 @@ fn predictions_are_numbers_that_add_up() {
     plan.manifest.entries[0].predicted_ns = MAX_PREDICTED_NS;
     assert_eq!(verify(&plan), Ok(()));
 }
+
+/// Plans for hosts have no code, no grids and no scalars.
+#[test]
+fn hosts_launch_nothing() {
+    refused("step #0: a grid or scalars for a kernel without code", |plan| {
+        if let Action::Launch { scalars, .. } = &mut steps(plan)[0].action {
+            scalars.push(Argument::Scalar { value: 0.into() });
+        }
+    });
+    refused("step #0: a grid or scalars for a kernel without code", |plan| {
+        if let Action::Launch { launch, .. } = &mut steps(plan)[0].action {
+            *launch = Some(LaunchShape { grid: [1, 1, 1].map(Into::into), block: [32, 1, 1], shared_bytes: 0 });
+        }
+    });
+    refused("step #1: a persistent step has no machine code", |plan| {
+        with_tasks(plan, &[0]);
+        if let Action::Persistent { launch, .. } = &mut steps(plan)[1].action {
+            *launch = Some(LaunchShape { grid: [1, 1, 1].map(Into::into), block: [32, 1, 1], shared_bytes: 0 });
+        }
+    });
+    refused("kernel 1 (`gather`): is for GPUs, the plan is for cpu", |plan| {
+        plan.kernels[1] = sample::gpu().kernels[1].clone();
+    });
+    refused("code 0: is for sm_90a, the plan is for cpu", |plan| plan.code = sample::gpu().code);
+    refused("step #2: all_reduce by Nccl is not for cpu", |plan| {
+        if let Action::Collective { algorithm, .. } = &mut steps(plan)[2].action {
+            *algorithm = CollectiveAlgorithm::Nccl;
+        }
+    });
+}
