@@ -384,7 +384,7 @@ mod tests {
             (raw(of_type(1, &[1 << 62]), 8), "overflows"),
             (raw(of_type(1, &[3]), 8), "wrong length: 8 bytes for f32[3], which takes 12"),
             (of_type(1, &[3]), "wrong length: 0 bytes"),
-            (typed(of_type(6, &[3]), vec![1]), "`int32_data` holds 1 elements"),
+            (typed(of_type(6, &[3]), vec![1]), "`int32_data` holds 1 element for"),
             (raw(of_type(99, &[1]), 4), "number 99"),
             (raw(of_type(0, &[1]), 4), "number 0"),
             (raw(of_type(8, &[1]), 4), "string is not supported"),
