@@ -5,7 +5,6 @@
 //!   │ at byte 0; give the `.onnx` file that an exporter wrote
 //! ```
 
-use std::env;
 use std::io::{self, IsTerminal};
 
 use console::{Term, style};
@@ -30,16 +29,9 @@ pub(super) fn for_standard_error(message: &str) -> String {
     let columns = || Term::stderr().size_checked().map_or(COLUMNS, |(_, columns)| columns);
     let is_terminal = io::stderr().is_terminal();
     let columns = is_terminal.then(|| usize::from(columns()));
-    let (first, others) = if !is_terminal || shows_unicode() { ('×', '│') } else { ('x', '|') };
+    let (first, others) =
+        if !is_terminal || Term::stderr().features().wants_emoji() { ('×', '│') } else { ('x', '|') };
     framed(message, columns, Marks { first, others, coloured: is_terminal && console::colors_enabled_stderr() })
-}
-
-/// Whether the terminal shows more than ASCII, by the locale's encoding. The console of the Linux kernel has few glyphs.
-fn shows_unicode() -> bool {
-    let locale =
-        ["LC_ALL", "LC_CTYPE", "LANG"].into_iter().find_map(|name| env::var(name).ok().filter(|text| !text.is_empty()));
-    let encoding = locale.unwrap_or_default().to_uppercase();
-    env::var("TERM").as_deref() != Ok("linux") && (encoding.ends_with("UTF8") || encoding.ends_with("UTF-8"))
 }
 
 /// The message with marks, wrapped to so many columns if any, and an empty line behind it.
