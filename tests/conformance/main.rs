@@ -115,7 +115,8 @@ fn node_tests() {
     );
 }
 
-/// Every case that passes on the CPU passes on a GPU. `CONFORMANCE_ONLY` picks some here, too.
+/// Every case that passes on the CPU passes on a GPU, while up to 15 other sessions are loaded, captured and ended on it.
+/// `CONFORMANCE_ONLY` picks some here, too.
 #[test]
 #[ignore = "needs a CUDA GPU, cuBLASLt, cuDNN and NVRTC"]
 fn node_tests_on_a_gpu() {

@@ -6,6 +6,7 @@ mod layout;
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::mem::size_of_val;
 use std::ptr;
+use std::sync::Arc;
 
 use cudarc::cublaslt::sys::{
     cublasComputeType_t, cublasLtMatmulDescAttributes_t, cublasLtMatmulPreferenceAttributes_t,
@@ -14,7 +15,7 @@ use cudarc::cublaslt::sys::{
 use planfile::DType;
 use planfile::plan::Matmul;
 
-use super::driver::{Address, Raw, Stream};
+use super::driver::{Address, Gpu, Raw, Stream};
 use super::error::CudaError;
 use super::library::{LibraryName, functions};
 use layout::{ColumnMajor, Product, epilogue};
@@ -95,7 +96,16 @@ impl Drop for Owned {
 /// cuBLASLt for one rank's thread, which has entered its GPU.
 pub(super) struct Handle {
     library: &'static CublasLt,
-    raw: Owned,
+    raw: Raw,
+    gpu: Arc<Gpu>,
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        let _alone = self.gpu.alone();
+        // SAFETY: created in `new`; what was prepared with it is gone, and its rank's work is over.
+        let _ = unsafe { (self.library.cublasLtDestroy)(self.raw) };
+    }
 }
 
 /// Where a product finds its operands.
@@ -125,12 +135,13 @@ pub(super) struct PreparedMatmul {
 }
 
 impl Handle {
-    pub(super) fn new() -> Result<Self, CudaError> {
+    pub(super) fn new(gpu: &Arc<Gpu>) -> Result<Self, CudaError> {
         let library = CublasLt::get()?;
+        let _alone = gpu.alone();
         let mut raw = ptr::null_mut();
         // SAFETY: writes one handle.
         library.check("cublasLtCreate", unsafe { (library.cublasLtCreate)(&mut raw) })?;
-        Ok(Self { library, raw: Owned { raw, destroy: library.cublasLtDestroy } })
+        Ok(Self { library, raw, gpu: Arc::clone(gpu) })
     }
 
     /// Chooses how to compute a product, deterministically, within its workspace.
@@ -208,7 +219,7 @@ impl Handle {
         };
         Ok(PreparedMatmul {
             library,
-            handle: self.raw.raw,
+            handle: self.raw,
             description,
             layouts,
             addresses,
@@ -264,7 +275,7 @@ impl Handle {
         // SAFETY: all objects live; writes one result.
         let status = unsafe {
             (self.library.cublasLtMatmulAlgoCheck)(
-                self.raw.raw,
+                self.raw,
                 description.raw,
                 left.raw,
                 right.raw,
@@ -329,7 +340,7 @@ impl Handle {
         // SAFETY: all objects live; writes at most one result, and how many.
         let status = unsafe {
             (library.cublasLtMatmulAlgoGetHeuristic)(
-                self.raw.raw,
+                self.raw,
                 description.raw,
                 left.raw,
                 right.raw,

@@ -5,6 +5,7 @@ mod shape;
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::ptr;
+use std::sync::Arc;
 
 use cudarc::cudnn::sys::{
     cudnnActivationMode_t, cudnnConvolutionFwdAlgo_t, cudnnConvolutionMode_t, cudnnDataType_t, cudnnDeterminism_t,
@@ -13,7 +14,7 @@ use cudarc::cudnn::sys::{
 use planfile::DType;
 use planfile::plan::Convolution;
 
-use super::driver::{Address, Raw, Stream};
+use super::driver::{Address, Gpu, Raw, Stream};
 use super::error::CudaError;
 use super::library::{LibraryName, functions, open_for_others};
 use shape::{Shape, Tensor};
@@ -131,7 +132,16 @@ impl Drop for Owned {
 /// cuDNN for one rank's thread, which has entered its GPU.
 pub(super) struct Handle {
     library: &'static Cudnn,
-    raw: Owned,
+    raw: Raw,
+    gpu: Arc<Gpu>,
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        let _alone = self.gpu.alone();
+        // SAFETY: created in `new`; what was prepared with it is gone, and its rank's work is over.
+        let _ = unsafe { (self.library.cudnnDestroy)(self.raw) };
+    }
 }
 
 /// Where a convolution finds its operands.
@@ -179,10 +189,13 @@ pub(super) struct PreparedConvolution {
 }
 
 impl Handle {
-    pub(super) fn new() -> Result<Self, CudaError> {
+    pub(super) fn new(gpu: &Arc<Gpu>) -> Result<Self, CudaError> {
         let library = Cudnn::ready()?;
-        let raw = Owned::new(library, ("cudnnCreate", library.cudnnCreate), library.cudnnDestroy)?;
-        Ok(Self { library, raw })
+        let _alone = gpu.alone();
+        let mut raw = ptr::null_mut();
+        // SAFETY: writes one handle.
+        library.check("cudnnCreate", unsafe { (library.cudnnCreate)(&mut raw) })?;
+        Ok(Self { library, raw, gpu: Arc::clone(gpu) })
     }
 
     /// Chooses how to compute a convolution, deterministically, within its workspace, and tries it out on the stream.
@@ -197,6 +210,8 @@ impl Handle {
         stream: &Stream,
     ) -> Result<PreparedConvolution, CudaError> {
         let library = self.library;
+        // Code is loaded for the first call of its kind.
+        let _alone = self.gpu.alone();
         let find = |operand: u32| match at.operands.get(operand as usize) {
             Some(&(address, dtype)) if dtype == at.result.1 => Ok(address),
             Some((_, dtype)) => {
@@ -245,7 +260,7 @@ impl Handle {
         library.check("cudnnSetFilterNdDescriptor", status)?;
         let mut prepared = PreparedConvolution {
             library,
-            handle: self.raw.raw,
+            handle: self.raw,
             input: tensor(&shape.input)?,
             filter,
             result: tensor(&shape.result)?,
@@ -342,7 +357,7 @@ impl Handle {
     ) -> Result<Vec<(u32, u32, Fusion)>, CudaError> {
         let library = self.library;
         let (mut found, mut count) = ([Performance::default(); ALGORITHMS], 0);
-        let (handle, convolution) = (self.raw.raw, prepared.convolution.raw);
+        let (handle, convolution) = (self.raw, prepared.convolution.raw);
         let (input, filter, result) = (prepared.input.raw, prepared.filter.raw, prepared.result.raw);
         let status = if call.transposed {
             // SAFETY: all objects live; writes at most as many results as there is room for.

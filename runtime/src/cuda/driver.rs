@@ -5,9 +5,10 @@ mod memory;
 mod module;
 mod stream;
 
+use std::collections::BTreeMap;
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::ptr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::sys::CUdevice_attribute;
 
@@ -37,7 +38,6 @@ functions! {
     fn cuDeviceGetPCIBusId(*mut c_char, c_int, c_int) -> u32;
     fn cuDeviceCanAccessPeer(*mut c_int, c_int, c_int) -> u32;
     fn cuDevicePrimaryCtxRetain(*mut Raw, c_int) -> u32;
-    fn cuDevicePrimaryCtxRelease_v2(c_int) -> u32;
     fn cuCtxPushCurrent_v2(Raw) -> u32;
     fn cuCtxPopCurrent_v2(*mut Raw) -> u32;
     fn cuMemGetInfo_v2(*mut usize, *mut usize) -> u32;
@@ -219,12 +219,15 @@ pub struct GpuInfo {
     pub memory_bytes: u64,
 }
 
-/// A GPU in use: its primary context is held.
+/// A GPU in use: its primary context, which all sessions of the process share.
+///
+/// The context is never given back: libraries keep code and state in it that they would find gone in the next one.
 pub(super) struct Gpu {
     driver: &'static Driver,
-    device: c_int,
     context: Raw,
     pub(super) info: GpuInfo,
+    /// See [`Self::alone`].
+    alone: Mutex<()>,
 }
 
 // SAFETY: the driver allows a context to be current on any thread, and locks it.
@@ -233,14 +236,33 @@ unsafe impl Send for Gpu {}
 unsafe impl Sync for Gpu {}
 
 impl Gpu {
+    /// The GPU, the same to all who ask for it.
     pub(super) fn open(ordinal: u32) -> Result<Arc<Self>, CudaError> {
+        static OPEN: Mutex<BTreeMap<u32, Arc<Gpu>>> = Mutex::new(BTreeMap::new());
+        // An entry is there when it is whole.
+        let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = open.get(&ordinal) {
+            return Ok(Arc::clone(known));
+        }
         let driver = Driver::ready()?;
         let (info, device) = (driver.describe(ordinal)?, driver.device(ordinal)?);
         let mut context = ptr::null_mut();
-        // SAFETY: the device was given out by the driver; released on drop.
+        // SAFETY: the device was given out by the driver.
         let status = unsafe { (driver.cuDevicePrimaryCtxRetain)(&mut context, device) };
         driver.check("cuDevicePrimaryCtxRetain", status)?;
-        Ok(Arc::new(Self { driver, device, context, info }))
+        let gpu = Arc::new(Self { driver, context, info, alone: Mutex::default() });
+        open.insert(ordinal, Arc::clone(&gpu));
+        Ok(gpu)
+    }
+
+    /// Waits until no other thread of the process captures a graph on this GPU, or makes or ends the handle of a library.
+    ///
+    /// `cublasLtDestroy` and `cudnnDestroy` synchronise the context, which CUDA forbids while any of its streams is
+    /// captured: captures of other threads are invalidated, and the driver (580) may crash. Nothing that waits for another
+    /// rank may happen while this is held.
+    pub(super) fn alone(&self) -> MutexGuard<'_, ()> {
+        // Nothing is behind the lock that a panic could leave half done.
+        self.alone.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Makes this the calling thread's GPU until the guard is dropped.
@@ -259,13 +281,6 @@ impl Gpu {
         let status = unsafe { (self.driver.cuMemGetInfo_v2)(&mut free, &mut total) };
         self.driver.check("cuMemGetInfo", status)?;
         Ok((free as u64, total as u64))
-    }
-}
-
-impl Drop for Gpu {
-    fn drop(&mut self) {
-        // SAFETY: retained once in `open`. A process that is ending may find the driver gone already.
-        let _ = unsafe { (self.driver.cuDevicePrimaryCtxRelease_v2)(self.device) };
     }
 }
 

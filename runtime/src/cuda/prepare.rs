@@ -228,7 +228,7 @@ impl Rank {
                 let operands = cublaslt::Operands { operands: &addresses, result, workspace, algorithm };
                 let handle = match &mut self.cublaslt {
                     Some(handle) => handle,
-                    none => none.insert(cublaslt::Handle::new()?),
+                    none => none.insert(cublaslt::Handle::new(&self.gpu)?),
                 };
                 Ok(Work::Matmul(handle.prepare(matmul, &operands)?))
             }
@@ -236,7 +236,7 @@ impl Rank {
                 let operands = cudnn::Operands { operands: &addresses, result, workspace };
                 let handle = match &mut self.cudnn {
                     Some(handle) => handle,
-                    none => none.insert(cudnn::Handle::new()?),
+                    none => none.insert(cudnn::Handle::new(&self.gpu)?),
                 };
                 let stream = self.streams.first();
                 // SAFETY: `address` and the call's own check keep it inside of the arenas, which hold nothing of use

@@ -83,13 +83,14 @@ impl Stream {
 
     /// Captures what `enqueue` puts on this stream, and on others that it lets wait for it, instead of running it.
     ///
-    /// Of this thread alone, so that other threads may go on to allocate.
+    /// Of this thread alone, so that other threads may go on to allocate; what they may not do waits ([`Gpu::alone`]).
     pub(in crate::cuda) fn capture<E: From<CudaError>>(
         &self,
         enqueue: impl FnOnce() -> Result<(), E>,
     ) -> Result<Graph, E> {
         let driver = self.gpu.driver;
         let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL as u32;
+        let _alone = self.gpu.alone();
         // SAFETY: the stream lives and is not captured: captures end in this function.
         driver.check("cuStreamBeginCapture", unsafe { (driver.cuStreamBeginCapture_v2)(self.raw, mode) })?;
         let enqueued = enqueue();
