@@ -202,6 +202,11 @@ template <typename T> DEVICE u8 is_nan(T x) { return x != x; }
 DEVICE u8 is_inf(f32 x) { return fabsf(x) == Traits<f32>::highest(); }
 DEVICE u8 is_inf(f64 x) { return fabs(x) == Traits<f64>::highest(); }
 
+DEVICE i32 bits(f32 x) { return __float_as_int(x); }
+DEVICE i64 bits(f64 x) { return __double_as_longlong(x); }
+DEVICE f32 from_bits(i32 x) { return __int_as_float(x); }
+DEVICE f64 from_bits(i64 x) { return __longlong_as_double(x); }
+
 #define FUNCTION(NAME, SINGLE, DOUBLE)                                                                                 \
     DEVICE f32 NAME(f32 x) { return SINGLE(x); }                                                                       \
     DEVICE f64 NAME(f64 x) { return DOUBLE(x); }

@@ -55,6 +55,12 @@ pub(super) fn pointwise(list: &mut List) {
     for (from, to) in [(F32, F16), (F16, F32), (F32, I8), (I64, BF16), (Bool, F32), (F64, Bool), (I32, U8)] {
         list.one(Op::Pointwise { expr: x.clone().cast(to), dims: dims(&[513]) }, vec![ty(from, &[513])]);
     }
+    // The sign turned by its bit.
+    for (integer, float) in [(I32, F32), (I64, F64)] {
+        let sign = Expr::constant(Scalar { dtype: integer, bits: 1 << (8 * integer.bytes() - 1) });
+        let turned = x.clone().unary(Unary::Bits).binary(Binary::Xor, sign).unary(Unary::FromBits);
+        list.one(Op::Pointwise { expr: turned, dims: dims(&[5, 9]) }, vec![ty(float, &[5, 9])]);
+    }
     let chain = x.clone().binary(Binary::Mul, y.clone()).binary(Binary::Add, z).unary(Unary::Tanh);
     let shapes: [&[u64]; 3] = [&[4, 6, 16], &[6, 1], &[16]];
     list.one(Op::Pointwise { expr: chain, dims: dims(shapes[0]) }, shapes.iter().map(|sizes| ty(F16, sizes)).collect());

@@ -3,7 +3,7 @@
 //! One sweep backward over the graph, before anything is converted.
 
 use ir::{Graph, ValueId};
-use planfile::{DType, Op};
+use planfile::{DType, ExprOp, Op, Unary};
 
 /// Which type serves all readers of a value best.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,6 +61,10 @@ pub(super) const fn class(op: &Op) -> Class {
     }
 }
 
+fn reads_bits(op: &Op) -> bool {
+    matches!(op, Op::Pointwise { expr, .. } if expr.ops.contains(&ExprOp::Unary(Unary::Bits)))
+}
+
 /// Whether values of this type are converted at all.
 pub(super) const fn converts(dtype: DType) -> bool {
     matches!(dtype, DType::F16 | DType::BF16 | DType::F32)
@@ -90,6 +94,8 @@ pub(super) fn demands(graph: &Graph, outputs: &[DType], half: DType) -> Vec<Dema
             let demand = match class(&node.op) {
                 Class::Product => Demand::Half,
                 Class::Statistic => Demand::Single,
+                // The bits of a number that was rounded would be others.
+                Class::Expression if reads_bits(&node.op) => Demand::Single,
                 Class::Expression => single,
                 Class::Normalisation if position == 0 => single,
                 Class::Movement if position == 0 => result,

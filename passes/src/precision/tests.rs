@@ -179,6 +179,26 @@ fn products_read_the_half_type_and_expressions_compute_in_single() {
 }
 
 #[test]
+fn a_number_whose_bits_are_read_is_not_rounded() {
+    check(
+        DType::BF16,
+        "%x: f32[8, 64]
+         %w: f32[64, 64] = weight file 0 at 0
+         %h = dot %x, %w {contract [1]x[0]}
+         %t = transpose %h [1, 0]
+         %y = pointwise %t {bits($0)}
+         return %y",
+        "%x: f32[8, 64]
+         %c = pointwise %x {bf16($0)}
+         %w: bf16[64, 64] = weight file 0 at 0
+         %h: f32[8, 64] = dot %c, %w {contract [1]x[0]}
+         %t = transpose %h [1, 0]
+         %y = pointwise %t {bits($0)}
+         return %y",
+    );
+}
+
+#[test]
 fn a_spelled_out_norm_stays_in_single_up_to_the_product() {
     check(
         DType::F16,

@@ -59,8 +59,9 @@ impl Terms {
             ExprOp::Const(scalar) => scalar.dtype,
             ExprOp::Index { .. } => DType::I64,
             ExprOp::Cast(dtype) => *dtype,
-            ExprOp::Unary(Unary::IsNan | Unary::IsInf) | ExprOp::Compare(_) => DType::Bool,
-            ExprOp::Unary(_) | ExprOp::Binary(_) => dtype_of(0)?,
+            ExprOp::Unary(unary) => unary.result(dtype_of(0)?)?,
+            ExprOp::Compare(_) => DType::Bool,
+            ExprOp::Binary(_) => dtype_of(0)?,
             ExprOp::Select => dtype_of(1)?,
             ExprOp::Set(_) | ExprOp::Get(_) => return None,
         };
@@ -99,10 +100,16 @@ impl Terms {
                 let survives = *dtype == DType::Bool && self.terms[*behind].dtype == DType::Bool;
                 survives.then_some(Simpler::Term(*behind))
             }
-            (ExprOp::Unary(unary @ (Unary::Neg | Unary::Not)), &[x]) => {
+            (ExprOp::Unary(unary), &[x]) => {
                 let inner = &self.terms[x];
-                let twice = matches!(&inner.op, ExprOp::Unary(again) if again == unary);
-                inner.arguments.first().filter(|_| twice).map(|&term| Simpler::Term(term))
+                let undone = match unary {
+                    Unary::Neg | Unary::Not => *unary,
+                    Unary::Bits => Unary::FromBits,
+                    Unary::FromBits => Unary::Bits,
+                    _ => return None,
+                };
+                let undoes = matches!(&inner.op, ExprOp::Unary(before) if *before == undone);
+                inner.arguments.first().filter(|_| undoes).map(|&term| Simpler::Term(term))
             }
             (ExprOp::Binary(binary), &[left, right]) => self.simpler_binary(*binary, left, right),
             (ExprOp::Select, &[condition, yes, no]) => match self.constant(condition) {
@@ -225,6 +232,27 @@ mod tests {
             "%x: f32[3]
              %b: bool[3]
              %y = pointwise %b, %x {select($0, exp($1), $1)}
+             return %y",
+        );
+    }
+
+    #[test]
+    fn what_is_undone_goes() {
+        check(
+            "%x: f32[3]
+             %n: i64[3]
+             %y = pointwise %x {neg(neg($0)) + from_bits(bits($0))}
+             %m = pointwise %n {bits(from_bits($0)) / 2}
+             return %y, %m",
+            "%x: f32[3]
+             %n: i64[3]
+             %y = pointwise %x {$0 + $0}
+             %m = pointwise %n {$0 / 2}
+             return %y, %m",
+        );
+        check_unchanged(
+            "%x: f32[3]
+             %y = pointwise %x {bits(neg($0))}
              return %y",
         );
     }

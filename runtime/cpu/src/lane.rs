@@ -8,8 +8,8 @@ use crate::simd::vectorised;
 
 /// A type that expressions are computed in.
 pub(crate) trait Lane: Number {
-    /// `dst[i] = op(x[i])`. [`Unary::IsNan`] and [`Unary::IsInf`] are [`classify`]'s; functions of floats leave
-    /// integers as they are: the type check admits no such program.
+    /// `dst[i] = op(x[i])`, of one type. [`Unary::IsNan`] and [`Unary::IsInf`] are [`classify`]'s, bits are copied as
+    /// they are; functions of floats leave integers as they are: the type check admits no such program.
     fn unary(op: Unary, dst: &mut [Self], x: &[Self]);
     /// `dst[i] = op(a[i], b[i])`. Bitwise instructions leave floats as they are, like above.
     fn binary(op: Binary, dst: &mut [Self], a: &[Self], b: &[Self]);
@@ -158,7 +158,9 @@ macro_rules! integer_lane {
                     | Unary::Erf
                     | Unary::Sigmoid
                     | Unary::IsNan
-                    | Unary::IsInf => dst.copy_from_slice(x),
+                    | Unary::IsInf
+                    | Unary::Bits
+                    | Unary::FromBits => dst.copy_from_slice(x),
                 }
             }
 
@@ -235,7 +237,9 @@ macro_rules! float_lane {
                     Unary::Atanh => map(dst, x, <$float>::atanh),
                     Unary::Erf => map(dst, x, $erf),
                     Unary::Sigmoid => map(dst, x, $sigmoid),
-                    Unary::Not | Unary::IsNan | Unary::IsInf => dst.copy_from_slice(x),
+                    Unary::Not | Unary::IsNan | Unary::IsInf | Unary::Bits | Unary::FromBits => {
+                        dst.copy_from_slice(x);
+                    }
                 }
                     }
                 }

@@ -244,6 +244,9 @@ impl<'a> Machine<'a> {
             Action::Unary(unary @ (Unary::IsNan | Unary::IsInf)) => with_number!(step.from, T => {
                 lane::classify::<T>(unary == Unary::IsInf, lanes_mut(dst, size), self.get(a, start, size)?);
             }),
+            Action::Unary(Unary::Bits | Unary::FromBits) => with_width!(step.from, T => {
+                lanes_mut::<T>(dst, size).copy_from_slice(self.get(a, start, size)?);
+            }),
             Action::Unary(Unary::Not) if step.from == DType::Bool => {
                 lane::not(lanes_mut(dst, size), self.get(a, start, size)?);
             }

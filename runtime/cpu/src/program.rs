@@ -175,8 +175,7 @@ pub(crate) fn compile(expr: &Expr, rank: usize, operands: &[(DType, Access)]) ->
             }
             ExprOp::Unary(unary) => {
                 let x = pop()?;
-                let test = matches!(unary, Unary::IsNan | Unary::IsInf);
-                let dtype = if test { DType::Bool } else { drafts.values[x].dtype };
+                let dtype = unary.result(drafts.values[x].dtype).ok_or_else(|| malformed("an operand's type"))?;
                 drafts.step(Action::Unary(*unary), vec![x], dtype)
             }
             ExprOp::Binary(binary) => {

@@ -187,6 +187,33 @@ pub enum Unary {
     IsNan,
     /// Float → `Bool`; either sign.
     IsInf,
+    /// The same bits as an integer: `F32` → `I32`, `F64` → `I64`. Half types have none here: they are computed in `F32`,
+    /// where not every NaN keeps its bits.
+    Bits,
+    /// The same bits as a float: `I32` → `F32`, `I64` → `F64`.
+    FromBits,
+}
+
+impl Unary {
+    /// Element type of the result for an operand of this type; `None` where the instruction does not take it.
+    pub fn result(self, operand: DType) -> Option<DType> {
+        let fine = match self {
+            Self::Neg | Self::Abs | Self::Sign => operand != DType::Bool,
+            Self::Not => !operand.is_float(),
+            Self::Bits => matches!(operand, DType::F32 | DType::F64),
+            Self::FromBits => matches!(operand, DType::I32 | DType::I64),
+            _ => operand.is_float(),
+        };
+        let result = match (self, operand) {
+            (Self::IsNan | Self::IsInf, _) => DType::Bool,
+            (Self::Bits, DType::F32) => DType::I32,
+            (Self::Bits, _) => DType::I64,
+            (Self::FromBits, DType::I32) => DType::F32,
+            (Self::FromBits, _) => DType::F64,
+            _ => operand,
+        };
+        fine.then_some(result)
+    }
 }
 
 /// Two operands of one element type in, the same type out.
@@ -364,7 +391,10 @@ fn check_op(
         }
         ExprOp::Get(slot) => slots[usize::from(*slot)].ok_or_else(|| format!("slot {slot} is read before it is set")),
         ExprOp::Cast(dtype) => pop().map(|_| *dtype),
-        ExprOp::Unary(unary) => check_unary(*unary, pop()?),
+        ExprOp::Unary(unary) => {
+            let operand = pop()?;
+            unary.result(operand).ok_or_else(|| format!("{unary} of {operand}"))
+        }
         ExprOp::Binary(binary) => {
             let (right, left) = (pop()?, pop()?);
             check_binary(*binary, left, right)
@@ -380,16 +410,6 @@ fn check_op(
             fine.then_some(yes).ok_or_else(|| format!("select of {condition}, {yes}, {no}"))
         }
     }
-}
-
-fn check_unary(unary: Unary, dtype: DType) -> Result<DType, String> {
-    let fine = match unary {
-        Unary::Neg | Unary::Abs | Unary::Sign => dtype != DType::Bool,
-        Unary::Not => !dtype.is_float(),
-        _ => dtype.is_float(),
-    };
-    let result = if matches!(unary, Unary::IsNan | Unary::IsInf) { DType::Bool } else { dtype };
-    fine.then_some(result).ok_or_else(|| format!("{unary} of {dtype}"))
 }
 
 fn check_binary(binary: Binary, left: DType, right: DType) -> Result<DType, String> {

@@ -103,9 +103,7 @@ impl Kernel<'_> {
                 }
                 ExprOp::Unary(unary) => {
                     let (x, dtype) = stack.pop()?;
-                    let test = matches!(unary, Unary::IsNan | Unary::IsInf);
-                    let name = unary_name(*unary, dtype);
-                    (format!("scalar::{name}({x})"), if test { DType::Bool } else { dtype })
+                    (format!("scalar::{}({x})", unary_name(*unary, dtype)), unary.result(dtype)?)
                 }
                 ExprOp::Binary(binary) => {
                     let ((b, _), (a, dtype)) = (stack.pop()?, stack.pop()?);
@@ -184,6 +182,8 @@ fn unary_name(unary: Unary, dtype: DType) -> &'static str {
         Unary::Not => "bit_not",
         Unary::IsNan => "is_nan",
         Unary::IsInf => "is_inf",
+        Unary::Bits => "bits",
+        Unary::FromBits => "from_bits",
     }
 }
 

@@ -41,6 +41,8 @@ const UNARY: &[(Unary, &str)] = &[
     (Unary::Not, "not"),
     (Unary::IsNan, "is_nan"),
     (Unary::IsInf, "is_inf"),
+    (Unary::Bits, "bits"),
+    (Unary::FromBits, "from_bits"),
 ];
 
 const BINARY: &[(Binary, &str)] = &[
