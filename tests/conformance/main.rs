@@ -12,6 +12,7 @@
     reason = "a test may stop at the first surprise, in its own functions too"
 )]
 
+mod errata;
 mod run;
 mod table;
 mod weights;
@@ -137,6 +138,14 @@ fn node_tests_on_a_gpu() {
         .collect();
     println!("{} of {} cases pass on a GPU", cases.len() - failures.len(), cases.len());
     assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+/// A case whose published values pass as well has no place among the errata.
+#[test]
+fn errata_are_needed() {
+    for erratum in errata::ERRATA {
+        assert_eq!(run::needs_its_erratum(erratum.case), Ok(true), "{}", erratum.case);
+    }
 }
 
 /// The table and its summary are of each other and of the list of cases.

@@ -17,7 +17,7 @@ use runtime::tensor_proto::read_tensor_proto;
 use runtime::{Devices, Session};
 
 use crate::table::{Case, DEVICES, Outcome, Row, Status, Way};
-use crate::weights;
+use crate::{errata, weights};
 
 /// Characters of a reason that are kept.
 const REASON_CHARS: usize = 200;
@@ -45,7 +45,7 @@ pub(crate) fn row(case: &Case) -> Row {
     let mut outcomes = Vec::new();
     if case.is_core() {
         let folder = suite().join(&case.name);
-        match test_data(&folder.join("test_data_set_0")) {
+        match test_data(case) {
             Err(reason) => outcomes.push(Outcome { status: Status::Failed, reason: shorten(&reason) }),
             Ok(data) => {
                 for (label, way) in DEVICES {
@@ -107,14 +107,27 @@ fn two(axis: &str) -> MeshChoice {
     MeshChoice::Fixed(parse_mesh(&format!("{axis}=2")).unwrap())
 }
 
-/// Unlike models, cases may have no inputs at all.
-fn test_data(folder: &Path) -> Result<TestData, String> {
+/// What a case is run with and held to. Unlike models, cases may have no inputs at all.
+fn test_data(case: &Case) -> Result<TestData, String> {
+    let TestData { inputs, outputs } = published(&case.name)?;
+    Ok(TestData { inputs, outputs: errata::corrected(&case.name, outputs)? })
+}
+
+fn published(case: &str) -> Result<TestData, String> {
+    let folder = suite().join(case).join("test_data_set_0");
     let tensors = |kind: &str| {
         let paths = (0..).map(|number| folder.join(format!("{kind}_{number}.pb")));
         let tensors = paths.take_while(|path| path.exists()).map(|path| read_tensor_proto(&path));
         tensors.collect::<Result<Vec<Tensor>, _>>().map_err(|error| error.to_string())
     };
     Ok(TestData { inputs: tensors("input")?, outputs: tensors("output")? })
+}
+
+/// Whether the published values of a case would be told from those that it is held to.
+pub(crate) fn needs_its_erratum(case: &str) -> Result<bool, String> {
+    let published = published(case)?.outputs;
+    let corrected = errata::corrected(case, published.clone())?;
+    Ok(corrected.iter().zip(&published).any(|(corrected, published)| check(corrected, published).is_err()))
 }
 
 struct Fault {
@@ -164,7 +177,7 @@ fn gpu() -> Machine {
 pub(crate) fn on_gpu(case: &Case) -> Outcome {
     let folder = suite().join(&case.name);
     let run = |data: &TestData| run_on(&gpu(), &folder.join("model.onnx"), data, MeshChoice::Devices(1), 0);
-    match test_data(&folder.join("test_data_set_0")) {
+    match test_data(case) {
         Err(reason) => Outcome { status: Status::Failed, reason: shorten(&reason) },
         Ok(data) => attempt(DEVICES[0].0, || run(&data).map(|_| Status::Passed)),
     }
