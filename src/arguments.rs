@@ -8,9 +8,9 @@ use std::path::{Path, PathBuf};
 use clap::Parser;
 use onnx::Bindings;
 use onnx::load::LoadOptions;
-use passes::pipeline::Options;
 use passes::precision::DTYPES;
-use passes::shard::{MAX_RANKS, MeshChoice, parse_mesh};
+use passes::settings::{MeshChoice, Options};
+use passes::shard::{MAX_RANKS, parse_mesh};
 use planfile::printable::printable;
 use planfile::text::count;
 use planfile::{DType, Target, regular};
@@ -176,7 +176,7 @@ impl Arguments {
         let pass = |name: &Option<String>| name.clone().filter(|name| name != "import");
         let (stop_after, print_after) = (pass(&self.stop_after), pass(&self.print_after));
         request.options = Options { stop_after, print_after, dtype: self.dtype, allow_tf32: self.allow_tf32 };
-        request.options.check().map_err(|error| wrong(error.to_string()))?;
+        passes::pipeline::check(&request.options).map_err(|error| wrong(error.to_string()))?;
         if self.stop_after.as_deref() == Some("import") {
             return Err(wrong("--stop-after names a pass; to see the import, use --print-after import".to_owned()));
         }

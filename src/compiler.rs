@@ -1,5 +1,6 @@
 //! From a model file to a plan file: loads, imports, compiles and writes.
 
+use passes::settings::{MeshChoice, Options, SPLIT_TABLE_BYTES, Settings, ShardOptions};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -11,8 +12,6 @@ use onnx::{Bindings, OnnxError, Status, SupportReport};
 use passes::compile::{Outcome, Warning};
 use passes::error::PassError;
 use passes::lower;
-use passes::pipeline::{Options, Settings};
-use passes::shard::{MeshChoice, SPLIT_TABLE_BYTES, ShardOptions};
 use planfile::fingerprint::{self, Fingerprint};
 use planfile::plan::{Manifest, Plan};
 use planfile::text::count;

@@ -6,7 +6,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use passes::shard::{MeshChoice, parse_mesh};
+use passes::settings::MeshChoice;
+use passes::shard::parse_mesh;
 use planfile::plan::*;
 use planfile::trust::{Trusted, trusted};
 use planfile::{DType, Finding, RankScalar, Target, verify};

@@ -4,7 +4,8 @@
 
 use std::path::{Path, PathBuf};
 
-use passes::shard::{MeshChoice, parse_mesh};
+use passes::settings::MeshChoice;
+use passes::shard::parse_mesh;
 use planfile::Target;
 use planwright::compiler::Request;
 use runtime::tensor_file::TestData;

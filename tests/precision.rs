@@ -11,7 +11,8 @@ mod routing;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use passes::shard::{MeshChoice, parse_mesh};
+use passes::settings::MeshChoice;
+use passes::shard::parse_mesh;
 use planfile::{DType, PlanFile, Source, Target};
 use planwright::compiler::Request;
 use runtime::refit::{Sources, refit};

@@ -5,7 +5,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use passes::shard::{MeshChoice, parse_mesh};
+use passes::settings::MeshChoice;
+use passes::shard::parse_mesh;
 use planfile::fingerprint::FileRange;
 use planfile::plan::Manifest;
 use planfile::{PlanFile, Source, Target, diff};

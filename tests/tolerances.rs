@@ -7,7 +7,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use passes::shard::{MeshChoice, parse_mesh};
+use passes::settings::MeshChoice;
+use passes::shard::parse_mesh;
 use planfile::plan::{Action, Argument, Plan};
 use planfile::{
     Binary, Compare, DType, Expr, ExprOp, Op, PlanError, PlanFile, RankScalar, Scalar, Spec, SpecNode, Target, Tensor,

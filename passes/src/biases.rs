@@ -10,22 +10,19 @@
 
 use std::collections::HashMap;
 
-use ir::{Graph, Module, Node, Value, ValueDef, ValueId, Weight, WeightId};
+use ir::{Module, Node, Old, ValueDef, Weight, WeightId};
 use kernels::cuda::{self, Options};
 use planfile::{DType, Dim, Expr, ExprOp, Op, Spec, SpecNode, TensorType};
 
 use crate::error::PassError;
 use crate::lower;
-use crate::pipeline::Settings;
 use crate::precision::cast::convert;
-use crate::simplify::dead;
-
-const NAME: &str = "biases";
+use crate::settings::Settings;
 
 /// Rounds the biases of every graph, for CUDA devices.
 ///
 /// # Errors
-/// [`PassError::Invalid`] if a type does not follow.
+/// [`PassError::Ir`] if a type does not follow.
 pub fn run(mut module: Module, settings: &Settings<'_>) -> Result<Module, PassError> {
     let architecture = &settings.target.device.architecture;
     if architecture == lower::CPU {
@@ -35,32 +32,26 @@ pub fn run(mut module: Module, settings: &Settings<'_>) -> Result<Module, PassEr
     let mut rounded: HashMap<(WeightId, DType), WeightId> = HashMap::new();
     let Module { graphs, weights, .. } = &mut module;
     for graph in graphs.iter_mut() {
-        let reads = graph.read_counts();
-        for index in 0..graph.nodes.len() {
-            let found = bias(graph, &graph.nodes[index], &reads, &options);
-            let Some(Bias { operand, weight, ty, expr }) = found else { continue };
+        *graph = graph.rewrite(|edit, node| {
+            let Some(Bias { operand, weight, op, ty }) = bias(edit.old(), node, &options) else {
+                return edit.keep(node);
+            };
             let new = match rounded.get(&(weight, ty.dtype)) {
                 Some(&known) => known,
                 None => {
-                    let made = cast(&weights[weight.index()], ty.dtype).map_err(|why| PassError::invalid(NAME, why))?;
-                    weights.push(made);
+                    weights.push(cast(&weights[weight.index()], ty.dtype).map_err(|why| edit.fault(why))?);
                     let new = WeightId(weights.len() as u32 - 1);
                     rounded.insert((weight, ty.dtype), new);
                     new
                 }
             };
-            let old = graph.nodes[index].operands[operand];
-            let shard = graph.value(old).shard.clone();
-            graph.values.push(Value { ty, def: ValueDef::Weight(new), shard });
-            let value = ValueId(graph.values.len() as u32 - 1);
-            let node = &mut graph.nodes[index];
-            node.operands[operand] = value;
-            if let Op::Pointwise { expr: old, .. } = &mut node.op {
-                *old = expr;
-            }
-        }
+            let mut operands = edit.operands(node)?;
+            let shard = edit.old().value(node.operands[operand]).shard.clone();
+            operands[operand] = edit.add_placed_source(ty, ValueDef::Weight(new), shard);
+            edit.add(op, &operands, &node.origin)
+        })?;
     }
-    Ok(dead::run(&module))
+    Ok(module.compacted())
 }
 
 /// An operand that would be taken along if it were rounded.
@@ -69,11 +60,11 @@ struct Bias {
     weight: WeightId,
     /// Its type on a rank once it is.
     ty: TensorType,
-    /// The node's expression then.
-    expr: Expr,
+    /// The node's operation then.
+    op: Op,
 }
 
-fn bias(graph: &Graph, node: &Node, reads: &[u32], options: &Options) -> Option<Bias> {
+fn bias(graph: Old<'_>, node: &Node, options: &Options) -> Option<Bias> {
     let Op::Pointwise { expr, dims } = &node.op else { return None };
     let dtype = graph.ty(*node.results.first()?).dtype;
     if !matches!(dtype, DType::F16 | DType::BF16) {
@@ -82,7 +73,7 @@ fn bias(graph: &Graph, node: &Node, reads: &[u32], options: &Options) -> Option<
     let product = node.operands.iter().find_map(|&operand| {
         let producer = graph.producer(operand)?;
         // What others read is stored, so that nothing is added to it on the way.
-        let alone = reads[operand.index()] == 1;
+        let alone = graph.reads(operand) == 1;
         (alone && matches!(producer.op, Op::Dot { .. } | Op::Conv { .. })).then_some((operand, producer))
     })?;
     let (operand, weight) = node.operands.iter().enumerate().find_map(|(operand, &value)| {
@@ -97,7 +88,7 @@ fn bias(graph: &Graph, node: &Node, reads: &[u32], options: &Options) -> Option<
             ops.push(ExprOp::Cast(DType::F32));
         }
     }
-    let expr = Expr { ops };
+    let op = Op::Pointwise { expr: Expr { ops }, dims: dims.clone() };
     // The product and what follows it, as one kernel would see them.
     let ty = graph.ty(node.operands[operand]).with_dtype(dtype);
     let mut inputs: Vec<TensorType> = product.1.operands.iter().map(|&value| graph.ty(value).clone()).collect();
@@ -107,12 +98,11 @@ fn bias(graph: &Graph, node: &Node, reads: &[u32], options: &Options) -> Option<
     inputs.extend(others.map(|(at, &value)| if at == operand { ty.clone() } else { graph.ty(value).clone() }));
     let made = inputs.len() as u32;
     let operands = (0..node.operands.len()).map(|position| numbered.get(&position).copied().unwrap_or(made)).collect();
-    let pointwise = Op::Pointwise { expr: expr.clone(), dims: dims.clone() };
-    let nodes =
-        vec![SpecNode { op: product.1.op.clone(), operands: (0..own).collect() }, SpecNode { op: pointwise, operands }];
+    let product = SpecNode { op: product.1.op.clone(), operands: (0..own).collect() };
+    let nodes = vec![product, SpecNode { op: op.clone(), operands }];
     let spec = Spec { inputs, nodes, results: vec![made + 1] };
     spec.types().ok()?;
-    cuda::takes_along(&spec, options).then_some(Bias { operand, weight, ty, expr })
+    cuda::takes_along(&spec, options).then_some(Bias { operand, weight, ty, op })
 }
 
 /// The weight, an `f32`, rounded to a half type.
@@ -125,60 +115,41 @@ fn cast(weight: &Weight, dtype: DType) -> Result<Weight, String> {
 
 #[cfg(test)]
 mod tests {
-    use cpu::recipe::NoFiles;
-    use ir::Mesh;
-    use ir::text::parse_lines;
-    use ir::verify::verify;
-    use planfile::{SourceFile, Target};
+    use crate::harness::{CPU, Case, H200};
 
-    use super::*;
-    use crate::pipeline::Options;
-    use crate::shard::{MeshChoice, SPLIT_TABLE_BYTES, ShardOptions};
+    /// Twice the distance between neighbours of a half type.
+    const ROUNDED: f64 = 2e-3;
 
-    const H200: &str = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../fixtures/targets/h200x4.json"));
+    const PRODUCT: &str = "%x: f16[8, 32]
+        %w: f16[32, 64] = weight file 1 at 0
+        %b: f32[64] = weight file 0 at 4096
+        %h: f16[8, 64] = dot %x, %w {contract [1]x[0]}";
 
-    /// Types of the weights after the pass.
-    fn weights(text: &str) -> Vec<String> {
-        let target = Target::from_json(H200).unwrap();
-        let mesh = MeshChoice::Fixed(Mesh::default());
-        let shard = ShardOptions { mesh, split_table_bytes: SPLIT_TABLE_BYTES, batch_dim: 0 };
-        let settings = Settings { weights: &NoFiles, options: Options::default(), shard, target: &target };
-        let files = vec![SourceFile { name: "model.onnx".to_owned(), bytes: 1 << 30 }];
-        let module = run(Module { files, ..parse_lines(text).unwrap() }, &settings).unwrap();
-        verify(&module).unwrap_or_else(|error| panic!("{error}\n{module}"));
-        module.weights.iter().map(|weight| weight.ty.to_string()).collect()
+    #[track_caller]
+    fn check_unchanged(rest: &str) {
+        Case::new(super::run, H200).check_unchanged(&format!("{PRODUCT}\n{rest}"));
     }
 
     #[test]
     fn a_bias_of_a_product_is_rounded() {
-        let text = "%x: f16[8, 32]
-             %w: f16[32, 64] = weight file 0 at 0
-             %b: f32[64] = weight file 0 at 4096
-             %h: f16[8, 64] = dot %x, %w {contract [1]x[0]}
-             %y = pointwise %h, %b {f16(f32($0) + $1)}
-             return %y";
-        assert_eq!(weights(text), ["f16[32, 64]", "f16[64]"]);
+        let before = format!("{PRODUCT}\n%y = pointwise %h, %b {{f16(f32($0) + $1)}}\nreturn %y");
+        let rounded = "%b: f16[64] = weight recipe {
+            %0: f32[64] = file 0 at 4096
+            %1: f16[64] = pointwise %0 {f16(select(is_inf((t0 := $0)), t0, min(max(t0, -65504.0), 65504.0)))}
+            return %1
+        }";
+        let after = before.replace("%b: f32[64] = weight file 0 at 4096", rounded).replace("+ $1", "+ f32($1)");
+        Case::new(super::run, H200).within(ROUNDED).check(&before, &after);
+        Case::new(super::run, CPU).check_unchanged(&before);
     }
 
     #[test]
     fn a_product_that_others_read_keeps_its_bias() {
-        let text = "%x: f16[8, 32]
-             %w: f16[32, 64] = weight file 0 at 0
-             %b: f32[64] = weight file 0 at 4096
-             %h: f16[8, 64] = dot %x, %w {contract [1]x[0]}
-             %y = pointwise %h, %b {f16(f32($0) + $1)}
-             return %y, %h";
-        assert_eq!(weights(text), ["f16[32, 64]", "f32[64]"]);
+        check_unchanged("%y = pointwise %h, %b {f16(f32($0) + $1)}\nreturn %y, %h");
     }
 
     #[test]
     fn a_scale_stays_what_it_is() {
-        let text = "%x: f16[8, 32]
-             %w: f16[32, 64] = weight file 0 at 0
-             %b: f32[64] = weight file 0 at 4096
-             %h: f16[8, 64] = dot %x, %w {contract [1]x[0]}
-             %y = pointwise %h, %b {f16(f32($0) * $1)}
-             return %y";
-        assert_eq!(weights(text), ["f16[32, 64]", "f32[64]"]);
+        check_unchanged("%y = pointwise %h, %b {f16(f32($0) * $1)}\nreturn %y");
     }
 }

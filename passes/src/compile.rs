@@ -7,10 +7,11 @@ use planfile::text::{Duration, count};
 
 use crate::error::{NoKernel, PassError};
 use crate::lower::Assembler;
-use crate::pipeline::{PIPELINE, Settings, advance};
+use crate::pipeline::{self, PIPELINE, advance};
 use crate::regions::Devices;
 use crate::schedule::Scheduled;
-use crate::shard::{self, IdleAxis, MeshChoice};
+use crate::settings::{MeshChoice, Settings};
+use crate::shard::{self, IdleAxis};
 use crate::{lower, schedule};
 
 /// A plan, and what its user should know about it.
@@ -84,7 +85,7 @@ fn scheduled(
     settings: &Settings<'_>,
     observer: &mut dyn FnMut(&str, &Module),
 ) -> Result<Option<(Scheduled, Explanations, Vec<Warning>)>, PassError> {
-    settings.options.check()?;
+    pipeline::check(&settings.options)?;
     verify(&module)?;
     // Meshes are compared once, on the module that is sharded; the plan keeps the comparison.
     let (before, after) = PIPELINE.split_at(PIPELINE.iter().position(|pass| pass.name == "shard").unwrap_or(0));

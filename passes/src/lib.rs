@@ -6,6 +6,8 @@ pub mod cost;
 pub mod error;
 pub mod exchange;
 pub mod fuse;
+#[cfg(test)]
+mod harness;
 pub mod layout;
 pub mod lower;
 pub mod pipeline;
@@ -14,5 +16,6 @@ pub mod recognise;
 pub mod regions;
 pub mod schedule;
 pub mod select;
+pub mod settings;
 pub mod shard;
 pub mod simplify;

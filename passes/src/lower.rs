@@ -424,13 +424,10 @@ fn dims_key(dims: &[u8]) -> Vec<PlanPiece> {
 
 #[cfg(test)]
 mod tests {
-    use cpu::recipe::NoFiles;
-    use ir::Mesh;
     use planfile::Op;
 
     use super::*;
-    use crate::pipeline::{Options, Settings};
-    use crate::shard::{MeshChoice, ShardOptions};
+    use crate::harness::{H200, Machine};
 
     /// A weight of one dimension on ranks 0 and 1, of which each holds the given run in `local` elements.
     fn placed(weight: u32, local: u64, runs: [(u64, u64); 2]) -> PlacedWeight {
@@ -469,11 +466,9 @@ mod tests {
             %e = gather_elements %t, %k {axis 0}
             %g = gather %t, %i {axis 0}
             return %a, %e, %g";
-        let target = Target::from_json(include_str!("../../fixtures/targets/h200x4.json")).unwrap();
-        let shard = ShardOptions { mesh: MeshChoice::Fixed(Mesh::default()), split_table_bytes: 1, batch_dim: 0 };
-        let settings = Settings { weights: &NoFiles, options: Options::default(), shard, target: &target };
         let module = ir::text::parse_lines(text).unwrap();
-        let plan = crate::compile::run(module, &settings, &Unrun, &mut |_, _| {}).unwrap().unwrap().plan;
+        let machine = Machine::new(H200);
+        let plan = crate::compile::run(module, &machine.settings(), &Unrun, &mut |_, _| {}).unwrap().unwrap().plan;
         let reads_indices = |step: &Step| {
             let Action::Launch { kernel, .. } = &step.action else { return false };
             let mut nodes = plan.kernels[*kernel as usize].spec.nodes.iter();

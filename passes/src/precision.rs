@@ -32,7 +32,7 @@ use ir::{Module, Value};
 use planfile::DType;
 
 use crate::error::PassError;
-use crate::pipeline::Settings;
+use crate::settings::Settings;
 use crate::simplify;
 use rebuild::Rebuild;
 use weights::Weights;
@@ -71,7 +71,7 @@ fn convert(module: Module, dtype: DType) -> Result<Module, PassError> {
         let entry = module.entries.iter().find(|entry| entry.stages.iter().any(|stage| stage.index() == index));
         let outputs: Vec<DType> =
             entry.map_or_else(Vec::new, |entry| entry.outputs.iter().map(|port| port.ty.dtype).collect());
-        graphs.push(Rebuild::new(graph, &outputs, &mut weights, dtype).run()?);
+        graphs.push(graph.rewrite_with(&mut Rebuild::new(graph, &outputs, &mut weights, dtype))?);
     }
     let weights = weights.into_table()?;
     Ok(Module { graphs, weights, ..module })

@@ -9,72 +9,47 @@
 //! Scores then never leave the chip. They are kept in `f32` where a half type was stored between, so results come nearer
 //! to those in `f32`. The host executes products faster one by one, so its modules stay as they are.
 
-use std::sync::Arc;
-
-use ir::{Graph, Module, Node, NodeId, Origin, Value, ValueDef, ValueId, joined_origin};
+use ir::{Edit, IrError, Module, Node, Old, Origin, ValueId, joined_origin};
 use planfile::{Binary, DType, Expr, ExprOp, Op, Real, Unary};
 
 use crate::error::PassError;
 use crate::lower;
-use crate::pipeline::Settings;
-use crate::simplify::dead;
+use crate::settings::Settings;
 
 /// Rewrites every graph, for CUDA devices.
 ///
 /// # Errors
-/// [`PassError::Invalid`] if a type does not follow.
-pub fn run(mut module: Module, settings: &Settings<'_>) -> Result<Module, PassError> {
+/// [`PassError::Ir`] if a type does not follow.
+pub fn run(module: Module, settings: &Settings<'_>) -> Result<Module, PassError> {
     if settings.target.device.architecture == lower::CPU {
         return Ok(module);
     }
-    for graph in &mut module.graphs {
-        *graph = rewritten(graph).map_err(|why| PassError::invalid("recognise", why))?;
-    }
-    Ok(dead::run(&module))
+    Ok(module.rewrite(recognised)?)
 }
 
-/// A graph, and who reads its values.
-struct Readers<'a> {
-    graph: &'a Graph,
-    counts: Vec<u32>,
-}
-
-impl<'a> Readers<'a> {
-    fn new(graph: &'a Graph) -> Self {
-        Self { graph, counts: graph.read_counts() }
-    }
-
-    /// The node that makes a value which only one other reads.
-    fn private(&self, value: ValueId) -> Option<&'a Node> {
-        self.graph.producer(value).filter(|_| self.counts[value.index()] == 1)
-    }
-}
-
-impl<'a> Readers<'a> {
-    /// What the node replaces by zero where it is not a number, and reads alone; with the node that tests it, where that is
-    /// another one.
-    fn guarded(&self, guard: &'a Node) -> Option<(ValueId, Option<&'a Node>)> {
-        let Op::Pointwise { expr, .. } = &guard.op else { return None };
-        match *guard.operands.as_slice() {
-            [value] if is_guard(expr) && self.counts[value.index()] == 1 => Some((value, None)),
-            [first, second] => {
-                let test = [first, second].into_iter().find_map(|operand| {
-                    let test = self.private(operand)?;
-                    let Op::Pointwise { expr, .. } = &test.op else { return None };
-                    let is_test = expr.ops == [ExprOp::Operand(0), ExprOp::Unary(Unary::IsNan)];
-                    is_test.then_some((operand, test))
-                })?;
-                let (value, numbers) = if test.0 == first { (second, [0, 1]) } else { (first, [1, 0]) };
-                let [ExprOp::Operand(a), ExprOp::Const(zero), ExprOp::Operand(b), ExprOp::Select] = expr.ops.as_slice()
-                else {
-                    return None;
-                };
-                // Read by the test and by the choice.
-                let alone = test.1.operands == [value] && self.counts[value.index()] == 2;
-                ([*a, *b] == numbers && zero.to_f64() == 0.0 && alone).then_some((value, Some(test.1)))
-            }
-            _ => None,
+/// What the node replaces by zero where it is not a number, and reads alone; with the node that tests it, where that is
+/// another one.
+fn guarded<'a>(graph: Old<'a>, guard: &'a Node) -> Option<(ValueId, Option<&'a Node>)> {
+    let Op::Pointwise { expr, .. } = &guard.op else { return None };
+    match *guard.operands.as_slice() {
+        [value] if is_guard(expr) && graph.reads(value) == 1 => Some((value, None)),
+        [first, second] => {
+            let test = [first, second].into_iter().find_map(|operand| {
+                let test = graph.private(operand)?;
+                let Op::Pointwise { expr, .. } = &test.op else { return None };
+                let is_test = expr.ops == [ExprOp::Operand(0), ExprOp::Unary(Unary::IsNan)];
+                is_test.then_some((operand, test))
+            })?;
+            let (value, numbers) = if test.0 == first { (second, [0, 1]) } else { (first, [1, 0]) };
+            let [ExprOp::Operand(a), ExprOp::Const(zero), ExprOp::Operand(b), ExprOp::Select] = expr.ops.as_slice()
+            else {
+                return None;
+            };
+            // Read by the test and by the choice.
+            let alone = test.1.operands == [value] && graph.reads(value) == 2;
+            ([*a, *b] == numbers && zero.to_f64() == 0.0 && alone).then_some((value, Some(test.1)))
         }
+        _ => None,
     }
 }
 
@@ -96,25 +71,24 @@ fn is_product_of_heads(op: &Op, right: u8) -> bool {
     batch.as_slice() == [(0, 0), (1, 1)] && contract.as_slice() == [(3, right)]
 }
 
-fn found(readers: &Readers<'_>, node: &Node) -> Option<Found> {
-    let graph = readers.graph;
+fn found(graph: Old<'_>, node: &Node) -> Option<Found> {
     let &[probabilities, v] = node.operands.as_slice() else { return None };
     let half_or_single = matches!(graph.ty(v).dtype, DType::F16 | DType::BF16 | DType::F32);
     if !is_product_of_heads(&node.op, 2) || !half_or_single || graph.ty(v).rank() != 4 {
         return None;
     }
     let mut parts = vec![node];
-    let mut softmax = readers.private(probabilities);
+    let mut softmax = graph.private(probabilities);
     // A guard against rows that see nothing: they are zero anyway.
     if let Some(guard) = softmax
-        && let Some((guarded, test)) = readers.guarded(guard)
+        && let Some((guarded, test)) = guarded(graph, guard)
     {
         parts.extend([guard].into_iter().chain(test));
         softmax = graph.producer(guarded);
     }
     let softmax = softmax.filter(|node| matches!(node.op, Op::Softmax { axis: 3, log: false }))?;
     parts.push(softmax);
-    let mut scores = readers.private(*softmax.operands.first()?)?;
+    let mut scores = graph.private(*softmax.operands.first()?)?;
     let (mut scale, mut mask) = (1.0, None);
     if let Op::Pointwise { expr, .. } = &scores.op {
         let product = scores
@@ -125,7 +99,7 @@ fn found(readers: &Readers<'_>, node: &Node) -> Option<Found> {
         scale = masked.0;
         mask = masked.1.map(|operand| scores.operands[usize::from(operand)]);
         parts.push(scores);
-        scores = readers.private(scores.operands[product])?;
+        scores = graph.private(scores.operands[product])?;
     }
     parts.push(scores);
     let transposed = is_product_of_heads(&scores.op, 2);
@@ -135,7 +109,7 @@ fn found(readers: &Readers<'_>, node: &Node) -> Option<Found> {
     let &[q, k] = scores.operands.as_slice() else { return None };
     let mut side = |value: ValueId| {
         // A side that is multiplied by a number: so are the scores.
-        let Some(node) = readers.private(value) else { return value };
+        let Some(node) = graph.private(value) else { return value };
         let Op::Pointwise { expr, .. } = &node.op else { return value };
         let (&[operand], Some((factor, None))) = (node.operands.as_slice(), scaled(expr, 0)) else { return value };
         if graph.ty(operand) != graph.ty(value) {
@@ -203,77 +177,45 @@ fn scaled(expr: &Expr, product: u16) -> Option<(f64, Option<u16>)> {
     }
 }
 
-fn rewritten(old: &Graph) -> Result<Graph, String> {
-    // Values keep their numbers; what is added comes after them.
-    let mut new = Graph { nodes: Vec::new(), ..old.clone() };
-    let readers = Readers::new(old);
-    for node in &old.nodes {
-        let mut node = node.clone();
-        if let Some(found) = found(&readers, &node) {
-            let origin = found.origin;
-            let k = if found.transposed { swapped(&mut new, old, found.k, &origin)? } else { found.k };
-            let op = Op::Attention {
-                scale: Real(found.scale),
-                causal: None,
-                softcap: Real(0.0),
-                mask: found.mask.is_some(),
-            };
-            let operands: Vec<ValueId> = [found.q, k, found.v].into_iter().chain(found.mask).collect();
-            let types: Vec<_> = operands.iter().map(|&operand| new.ty(operand)).collect();
-            // A mask of another rank or type, or heads that are grouped otherwise, stay what they are.
-            let fits = planfile::infer(&op, &types).is_ok_and(|made| made.first() == Some(new.ty(node.results[0])));
-            if fits {
-                node = Node { op, operands, results: node.results, origin };
-            }
-        }
-        let id = NodeId(new.nodes.len() as u32);
-        for (position, &result) in (0u32..).zip(&node.results) {
-            new.values[result.index()].def = ValueDef::Node(id, position);
-        }
-        new.nodes.push(node);
+/// The attention that ends with this node, or the node.
+fn recognised(edit: &mut Edit<'_>, node: &Node) -> Result<Vec<ValueId>, IrError> {
+    let old = edit.old();
+    let Some(Found { q, k, transposed, v, mask, scale, origin }) = found(old, node) else { return edit.keep(node) };
+    let k = if transposed { swapped(edit, k, &origin)? } else { edit.value(k)? };
+    let op = Op::Attention { scale: Real(scale), causal: None, softcap: Real(0.0), mask: mask.is_some() };
+    let mut operands = vec![edit.value(q)?, k, edit.value(v)?];
+    if let Some(mask) = mask {
+        operands.push(edit.value(mask)?);
     }
-    Ok(new)
+    let types: Vec<_> = operands.iter().map(|&operand| edit.new_graph().ty(operand)).collect();
+    // A mask of another rank or type, or heads that are grouped otherwise, stay what they are.
+    if planfile::infer(&op, &types).is_ok_and(|made| made.first() == Some(old.ty(node.results[0]))) {
+        edit.add(op, &operands, &origin)
+    } else {
+        edit.keep(node)
+    }
 }
 
 /// The keys with their last two dimensions swapped: by the transposition that is there already, if there is one.
-fn swapped(new: &mut Graph, old: &Graph, k: ValueId, origin: &Origin) -> Result<ValueId, String> {
-    let (source, permutation) = match old.producer(k) {
+fn swapped(edit: &mut Edit<'_>, k: ValueId, origin: &Origin) -> Result<ValueId, IrError> {
+    let (source, permutation) = match edit.old().producer(k) {
         Some(Node { op: Op::Transpose { permutation }, operands, .. }) => {
             (operands[0], vec![permutation[0], permutation[1], permutation[3], permutation[2]])
         }
         _ => (k, vec![0, 1, 3, 2]),
     };
-    let op = Op::Transpose { permutation };
-    let types = planfile::infer(&op, &[new.ty(source)])?;
-    let [ty] = types.as_slice() else { return Err("a transposition has one result".to_owned()) };
-    new.values.push(Value { ty: ty.clone(), def: ValueDef::Node(NodeId(new.nodes.len() as u32), 0), shard: None });
-    let result = ValueId(new.values.len() as u32 - 1);
-    new.nodes.push(Node { op, operands: vec![source], results: vec![result], origin: Arc::clone(origin) });
-    Ok(result)
+    let source = edit.value(source)?;
+    edit.add_one(Op::Transpose { permutation }, &[source], origin)
 }
 
 #[cfg(test)]
 mod tests {
-    use ir::text::{graph_text, parse_lines};
-    use ir::verify::verify;
-
-    use super::*;
-
-    fn recognised(text: &str) -> Module {
-        let mut module = parse_lines(text).unwrap();
-        for graph in &mut module.graphs {
-            *graph = rewritten(graph).unwrap();
-        }
-        let module = dead::run(&module);
-        verify(&module).unwrap_or_else(|error| panic!("{error}\n{module}"));
-        module
-    }
+    use crate::harness::{CPU, Case, H200};
 
     #[track_caller]
-    fn check(text: &str, expected: &[&str]) {
-        let module = recognised(text);
-        let names: Vec<&str> = module.graphs[0].nodes.iter().map(|node| node.op.name()).collect();
-        assert_eq!(names, expected, "{}", graph_text(&module, &module.graphs[0]));
+    fn check(before: &str, after: &str) {
+        Case::new(super::run, H200).within(1e-5).check(before, after);
+        Case::new(super::run, CPU).check_unchanged(before);
     }
 
     const SPELLED: &str = "%x: f32[2, 16, 4, 8]
@@ -291,43 +233,22 @@ mod tests {
 
     #[test]
     fn products_around_a_softmax_are_attention() {
-        let text = format!("{SPELLED}\nreturn %o");
-        check(&text, &["transpose", "transpose", "attention"]);
-        // It computes the same.
-        let module = recognised(&text);
-        let inputs: Vec<planfile::Tensor> = [[2u64, 16, 4, 8], [2, 16, 4, 8], [2, 4, 16, 8], [2, 1, 1, 16]]
-            .iter()
-            .zip(1u32..)
-            .map(|(sizes, seed)| {
-                let count = sizes.iter().product::<u64>() as u32;
-                let number = |i: u32| ((i * 37 + seed * 11) % 64) as f32 / 16.0 - 2.0;
-                planfile::Tensor::from_elements(sizes, &(0..count).map(number).collect::<Vec<_>>()).unwrap()
-            })
-            .collect();
-        let run = |graph: &Graph| {
-            let mut values: std::collections::HashMap<ValueId, planfile::Tensor> = std::collections::HashMap::new();
-            for (index, value) in graph.values.iter().enumerate() {
-                if let ValueDef::Input(port) = value.def {
-                    values.insert(ValueId(index as u32), inputs[port as usize].clone());
-                }
-            }
-            for node in &graph.nodes {
-                let operands: Vec<_> = node.operands.iter().map(|operand| &values[operand]).collect();
-                let made = cpu::evaluate(&node.op, &operands).unwrap().remove(0);
-                values.insert(node.results[0], made);
-            }
-            values[&graph.outputs[0].value].elements::<f32>().unwrap().to_vec()
-        };
-        let before = run(&parse_lines(&text).unwrap().graphs[0]);
-        let after = run(&module.graphs[0]);
-        let close = |(a, b): (&f32, &f32)| (a - b).abs() < 1e-5;
-        assert!(before.iter().zip(&after).all(close), "{before:?}\n{after:?}");
+        check(
+            &format!("{SPELLED}\nreturn %o"),
+            "%x: f32[2, 16, 4, 8]
+             %y: f32[2, 16, 4, 8]
+             %v: f32[2, 4, 16, 8]
+             %mask: f32[2, 1, 1, 16]
+             %q = transpose %x [0, 2, 1, 3]
+             %k = transpose %y [0, 2, 1, 3]
+             %o = attention %q, %k, %v, %mask {scale 0.25, mask}
+             return %o",
+        );
     }
 
     #[test]
     fn probabilities_that_others_read_are_computed() {
-        let expected = ["transpose", "pointwise", "transpose", "pointwise", "dot", "pointwise", "softmax", "dot"];
-        check(&format!("{SPELLED}\nreturn %o, %p"), &expected);
+        Case::new(super::run, H200).check_unchanged(&format!("{SPELLED}\nreturn %o, %p"));
     }
 
     #[test]
@@ -341,7 +262,12 @@ mod tests {
              %g = pointwise %p {select(is_nan($0), 0.0, $0)}
              %o = dot %g, %v {batch [0, 1]x[0, 1], contract [3]x[2]}
              return %o",
-            &["attention"],
+            "%q: f32[2, 4, 16, 8]
+             %k: f32[2, 4, 16, 8]
+             %v: f32[2, 4, 16, 8]
+             %t = transpose %k [0, 1, 3, 2]
+             %o = attention %q, %k, %v {scale 1.0}
+             return %o",
         );
         // As exporters spell it.
         check(
@@ -355,7 +281,12 @@ mod tests {
              %g = pointwise %n, %p {select($0, 0.0, $1)}
              %o = dot %g, %v {batch [0, 1]x[0, 1], contract [3]x[2]}
              return %o",
-            &["attention"],
+            "%q: f32[2, 4, 16, 8]
+             %k: f32[2, 4, 16, 8]
+             %v: f32[2, 4, 16, 8]
+             %t = transpose %k [0, 1, 3, 2]
+             %o = attention %q, %k, %v {scale 1.0}
+             return %o",
         );
     }
 }

@@ -8,16 +8,14 @@
 //! reads the panels where they are: nothing is packed at run time.
 
 use std::collections::HashMap;
-use std::sync::Arc;
 
 use cpu::panels::{Packing, packing};
-use ir::{Graph, Module, Node, NodeId, Placement, Shard, Value, ValueDef, ValueId, Weight, WeightId};
+use ir::{Edit, Graph, IrError, Module, Node, Placement, Shard, ValueDef, ValueId, Weight, WeightId};
 use planfile::{Buffer, DType, Op, Recipe, RecipeInput, Source, SpecNode, TensorType};
 
 use crate::error::PassError;
 use crate::lower;
-use crate::pipeline::Settings;
-use crate::simplify::dead;
+use crate::settings::Settings;
 
 const NAME: &str = "select";
 
@@ -26,26 +24,31 @@ const NAME: &str = "select";
 /// # Errors
 /// [`PassError::Invalid`] if a weight's panels do not have the type they should.
 pub fn run(mut module: Module, settings: &Settings<'_>) -> Result<Module, PassError> {
+    if settings.target.device.architecture != lower::CPU {
+        return Ok(module);
+    }
     let wanted = wanted(&module);
     let mut packed: HashMap<WeightId, WeightId> = HashMap::new();
     let Module { graphs, weights, .. } = &mut module;
-    for graph in graphs.iter_mut().filter(|_| settings.target.device.architecture == lower::CPU) {
-        let pick = |node| choose(graph, node).filter(|(id, packing)| wanted.get(id) == Some(&Some(packing.clone())));
-        let chosen: Vec<Option<(WeightId, Packing)>> = graph.nodes.iter().map(pick).collect();
-        if chosen.iter().all(Option::is_none) {
-            continue;
-        }
-        *graph = unpacked(graph, &chosen, |id, packing| {
-            if let Some(&known) = packed.get(&id) {
-                return Ok(known);
+    for graph in graphs.iter_mut() {
+        *graph = graph.rewrite(|edit, node| {
+            let Some((id, packing)) = choose(&edit.old(), node) else { return Ok(edit.keep(node)?) };
+            if wanted.get(&id) != Some(&Some(packing.clone())) {
+                return Ok(edit.keep(node)?);
             }
-            let new = WeightId(weights.len() as u32);
-            weights.push(pack(&weights[id.index()], packing)?);
-            packed.insert(id, new);
-            Ok(new)
+            let panels = match packed.get(&id) {
+                Some(&known) => known,
+                None => {
+                    let new = WeightId(weights.len() as u32);
+                    weights.push(pack(&weights[id.index()], &packing)?);
+                    packed.insert(id, new);
+                    new
+                }
+            };
+            unpacked(edit, node, panels, &packing).map_err(PassError::from)
         })?;
     }
-    Ok(dead::run(&module))
+    Ok(module.compacted())
 }
 
 /// For each weight the packing that all who read it want; none where they differ.
@@ -113,80 +116,31 @@ fn pack(weight: &Weight, packing: &Packing) -> Result<Weight, PassError> {
     }
 }
 
-/// The graph with panels for the chosen nodes' weights, and what undoes them before these nodes.
-fn unpacked(
-    graph: &Graph,
-    chosen: &[Option<(WeightId, Packing)>],
-    mut packed: impl FnMut(WeightId, &Packing) -> Result<WeightId, PassError>,
-) -> Result<Graph, PassError> {
-    let mut next = Graph { nodes: Vec::new(), ..graph.clone() };
+/// The node on what undoes the panels of its weight.
+fn unpacked(edit: &mut Edit<'_>, node: &Node, panels: WeightId, packing: &Packing) -> Result<Vec<ValueId>, IrError> {
+    let mut operands = edit.operands(node)?;
     // Everything here is whole on each rank.
-    let shard = |ty: &TensorType, of: ValueId| {
-        let sharded = graph.value(of).shard.is_some();
-        sharded.then(|| Shard { global: ty.sizes(), placement: Placement::replicated() })
-    };
-    for (node, chosen) in graph.nodes.iter().zip(chosen) {
-        let mut node = node.clone();
-        if let Some((id, packing)) = chosen {
-            let of = node.operands[1];
-            let mut add = |ty: TensorType, def: ValueDef| {
-                next.values.push(Value { shard: shard(&ty, of), ty, def });
-                ValueId(next.values.len() as u32 - 1)
-            };
-            let mut value = add(packing.ty.clone(), ValueDef::Weight(packed(*id, packing)?));
-            let mut ty = packing.ty.clone();
-            for op in &packing.unpack {
-                let types = planfile::infer(op, &[&ty]).map_err(|why| PassError::invalid(NAME, why))?;
-                let [result] = types.as_slice() else {
-                    return Err(PassError::invalid(NAME, "a layout has one result"));
-                };
-                ty = result.clone();
-                let made = add(ty.clone(), ValueDef::Node(NodeId(next.nodes.len() as u32), 0));
-                let (op, origin) = (op.clone(), Arc::clone(&node.origin));
-                next.nodes.push(Node { op, operands: vec![value], results: vec![made], origin });
-                value = made;
-            }
-            node.operands[1] = value;
-        }
-        for (position, result) in (0u32..).zip(&node.results) {
-            next.values[result.index()].def = ValueDef::Node(NodeId(next.nodes.len() as u32), position);
-        }
-        next.nodes.push(node);
+    let sharded = edit.new_graph().value(operands[1]).shard.is_some();
+    let shard = sharded.then(|| Shard { global: packing.ty.sizes(), placement: Placement::replicated() });
+    operands[1] = edit.add_placed_source(packing.ty.clone(), ValueDef::Weight(panels), shard);
+    for op in &packing.unpack {
+        operands[1] = edit.add_one(op.clone(), &operands[1..], &node.origin)?;
     }
-    Ok(next)
+    edit.add(node.op.clone(), &operands, &node.origin)
 }
 
 #[cfg(test)]
 mod tests {
     use cpu::recipe::{NoFiles, read_all};
-    use ir::text::parse_lines;
-    use ir::verify::verify;
-    use ir::{Mesh, MeshAxis};
-    use planfile::{SourceFile, Target, Tensor};
+    use ir::{Mesh, MeshAxis, Value};
+    use planfile::Tensor;
 
     use super::*;
-    use crate::pipeline::Options;
-
+    use crate::harness::{CPU, Case, H200, Machine, parse};
     use crate::regions::{Devices, regions};
-    use crate::shard::{MeshChoice, SPLIT_TABLE_BYTES, ShardOptions};
-
-    const CPU: &str = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../fixtures/targets/cpu.json"));
-    const H200: &str = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../fixtures/targets/h200x4.json"));
-
-    /// The lines as a module with one file.
-    fn parse(text: &str) -> Module {
-        let files = vec![SourceFile { name: "model.onnx".to_owned(), bytes: 1 << 30 }];
-        Module { files, ..parse_lines(text).unwrap() }
-    }
 
     fn selected(text: &str, target: &str) -> Module {
-        let target = Target::from_json(target).unwrap();
-        let mesh = MeshChoice::Fixed(Mesh::default());
-        let shard = ShardOptions { mesh, split_table_bytes: SPLIT_TABLE_BYTES, batch_dim: 0 };
-        let settings = Settings { weights: &NoFiles, options: Options::default(), shard, target: &target };
-        let module = run(parse(text), &settings).unwrap();
-        verify(&module).unwrap_or_else(|error| panic!("{error}\n{module}"));
-        module
+        Case::new(run, target).within(1e-5).run(text)
     }
 
     /// A product with a weight whose columns do not fill the last panel.
@@ -262,10 +216,8 @@ mod tests {
     #[test]
     fn a_split_weight_keeps_its_layout() {
         let axes = vec![MeshAxis { name: "tensor".into(), factors: vec![2] }];
-        let target = Target::from_json(CPU).unwrap();
-        let mesh = MeshChoice::Fixed(Mesh { axes });
-        let shard = ShardOptions { mesh, split_table_bytes: SPLIT_TABLE_BYTES, batch_dim: 0 };
-        let settings = Settings { weights: &NoFiles, options: Options::default(), shard, target: &target };
+        let machine = Machine::new(CPU).with_mesh(Mesh { axes });
+        let settings = machine.settings();
         let sharded = crate::shard::run(parse(PRODUCT), &settings).unwrap();
         let selected = run(sharded.clone(), &settings).unwrap();
         assert_eq!(shapes(&selected), shapes(&sharded));

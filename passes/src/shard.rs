@@ -22,30 +22,9 @@ use planfile::{Dim, Target};
 
 use crate::cost;
 use crate::error::PassError;
-use crate::pipeline::Settings;
+use crate::settings::{MeshChoice, Settings};
 use decide::Policy;
 use walk::{AddedWeights, Walk, single};
-
-/// What the user chose about sharding.
-#[derive(Clone, Debug)]
-pub struct ShardOptions {
-    pub mesh: MeshChoice,
-    /// Look-up tables (embeddings) of at least this many bytes are split by rows over the tensor axis.
-    pub split_table_bytes: u64,
-    /// The dimension of inputs that the data axis splits: 0, unless batches come along another.
-    pub batch_dim: usize,
-}
-
-/// Which mesh to place tensors on.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum MeshChoice {
-    Fixed(Mesh),
-    /// The one of so many devices that is predicted to be fastest.
-    Devices(u32),
-}
-
-/// A table this large is worth an all-reduce of what was looked up.
-pub const SPLIT_TABLE_BYTES: u64 = 64 << 20;
 
 /// Axes that a mesh may have.
 pub const AXES: [&str; 3] = ["data", "pipe", "tensor"];

@@ -12,7 +12,6 @@ mod affine;
 mod affine_gather;
 mod broadcast;
 mod concat;
-pub(crate) mod dead;
 mod expr;
 mod fold;
 mod pad;
@@ -31,8 +30,8 @@ use cpu::recipe::WeightBytes;
 use ir::Module;
 
 use crate::error::PassError;
-use crate::pipeline::Settings;
-use sweep::{Rule, Sweep};
+use crate::settings::Settings;
+use sweep::{Rule, Simplest};
 use weights::Weights;
 
 const NAME: &str = "simplify";
@@ -83,13 +82,9 @@ fn round(module: &Module, bytes: &dyn WeightBytes) -> Result<Module, PassError> 
     let (mut weights, renamed) = Weights::new(&module.weights, bytes);
     let mut graphs = Vec::new();
     for graph in &module.graphs {
-        graphs.push(Sweep::new(graph, &mut weights, &renamed).run(graph)?);
+        graphs.push(graph.rewrite_with(&mut Simplest::new(&mut weights, &renamed))?);
     }
     let Module { name, mesh, files, states, entries, .. } = module.clone();
-    let mut module = Module { name, mesh, files, weights: weights.into_table(), states, graphs, entries };
-    module = dead::run(&module);
-    if recipes::run(&mut module, bytes)? {
-        module = dead::run(&module);
-    }
-    Ok(module)
+    let module = Module { name, mesh, files, weights: weights.into_table(), states, graphs, entries };
+    recipes::run(module.compacted(), bytes)
 }

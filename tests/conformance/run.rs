@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 
 use onnx::OnnxError;
 use passes::error::PassError;
-use passes::shard::{MeshChoice, parse_mesh};
+use passes::settings::MeshChoice;
+use passes::shard::parse_mesh;
 use planfile::plan::{Action, Plan};
 use planfile::{DType, Target, Tensor};
 use planwright::compiler::{CompileError, Request};

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use passes::shard::{MeshChoice, parse_mesh};
+use passes::settings::MeshChoice;
+use passes::shard::parse_mesh;
 use planfile::{DType, Target, Tensor};
 use planwright::compiler::Request;
 use runtime::compare::to_f64s;

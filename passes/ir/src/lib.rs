@@ -7,6 +7,7 @@ pub mod error;
 pub mod ids;
 pub mod mesh;
 pub mod module;
+pub mod rewrite;
 pub mod text;
 pub mod verify;
 
@@ -17,3 +18,4 @@ pub use module::{
     Entry, Graph, MAX_ORIGIN_NAMES, Module, Node, Origin, Output, Port, Shard, State, Value, ValueDef, Weight,
     joined_origin, origin,
 };
+pub use rewrite::{Edit, Old, Rewrite};

@@ -75,7 +75,7 @@ pub struct Graph {
 /// Values may be added and changed without it; what it finds is checked. All indexes are equal.
 #[derive(Clone, Debug, Default)]
 pub struct SourceIndex {
-    known: HashMap<(ValueDef, TensorType), ValueId>,
+    known: HashMap<(ValueDef, TensorType, Option<Shard>), ValueId>,
     /// Number of values that were looked at.
     seen: usize,
 }
@@ -105,7 +105,7 @@ pub struct Value {
 }
 
 /// A rank's part: of which sizes, placed how.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Shard {
     pub global: Vec<u64>,
     pub placement: Placement,
@@ -214,16 +214,22 @@ impl Graph {
 
     /// Adds a value that no node defines. The same input, weight or state of the same type is added once.
     pub fn add_source(&mut self, ty: TensorType, def: ValueDef) -> ValueId {
+        self.add_placed_source(ty, def, None)
+    }
+
+    /// Adds a value that no node defines, as a shard of the whole where one is given. The same is added once.
+    pub fn add_placed_source(&mut self, ty: TensorType, def: ValueDef, shard: Option<Shard>) -> ValueId {
         let SourceIndex { known, seen } = &mut self.sources;
         for (index, value) in self.values.iter().enumerate().skip(*seen) {
-            if !matches!(value.def, ValueDef::Node(..)) && value.shard.is_none() {
-                known.entry((value.def, value.ty.clone())).or_insert(ValueId(index as u32));
+            if !matches!(value.def, ValueDef::Node(..)) {
+                let key = (value.def, value.ty.clone(), value.shard.clone());
+                known.entry(key).or_insert(ValueId(index as u32));
             }
         }
         *seen = self.values.len();
-        let key = (def, ty);
+        let key = (def, ty, shard);
         let found = known.get(&key).copied().filter(|id| {
-            let same = |value: &Value| (value.def, &value.ty, &value.shard) == (key.0, &key.1, &None);
+            let same = |value: &Value| (value.def, &value.ty, &value.shard) == (key.0, &key.1, &key.2);
             self.values.get(id.index()).is_some_and(same)
         });
         if let Some(id) = found {
@@ -231,7 +237,9 @@ impl Graph {
         }
         // What is known by that key is not it any more.
         known.remove(&key);
-        self.add_value(key.1, key.0)
+        let value = self.add_value(key.1, key.0);
+        self.values[value.index()].shard = key.2;
+        value
     }
 
     /// Appends a node and its results, whose types follow from the operands'.

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use ir::{Graph, Node, Output, ValueDef, ValueId};
+use ir::{Edit, Graph, Node, Output, Rewrite, ValueDef, ValueId};
 use planfile::expr::MAX_EXPR_OPS;
 use planfile::{DType, Op};
 
@@ -22,36 +22,27 @@ pub(super) struct Rebuild<'a, 'b> {
     weights: &'a mut Weights<'b>,
     dtype: DType,
     demands: Vec<Demand>,
-    graph: Graph,
-    /// For each old value, the new one, but for weights.
-    values: Vec<Option<ValueId>>,
     /// Conversions: of a new value, to a type, saturating.
     casts: HashMap<(ValueId, DType, bool), ValueId>,
 }
 
-impl<'a, 'b> Rebuild<'a, 'b> {
-    pub(super) fn new(old: &'a Graph, outputs: &'a [DType], weights: &'a mut Weights<'b>, dtype: DType) -> Self {
-        let graph = Graph { ranks: old.ranks.clone(), ..Graph::new(&old.name) };
-        let (demands, values) = (demands(old, outputs, dtype), vec![None; old.values.len()]);
-        Self { old, outputs, weights, dtype, demands, graph, values, casts: HashMap::new() }
+impl Rewrite for Rebuild<'_, '_> {
+    type Error = PassError;
+
+    fn node(&mut self, edit: &mut Edit<'_>, node: &Node) -> Result<Vec<ValueId>, PassError> {
+        let (op, operands) = self.converted(edit, node)?;
+        Ok(edit.add(op, &operands, &node.origin)?)
     }
 
-    pub(super) fn run(mut self) -> Result<Graph, PassError> {
-        let old = self.old;
-        for node in &old.nodes {
-            let (op, operands) = self.converted(node)?;
-            let results = self.graph.add(op, &operands, &node.origin).map_err(|e| PassError::invalid(NAME, e))?;
-            for (before, after) in node.results.iter().zip(results) {
-                self.values[before.index()] = Some(after);
-            }
-        }
-        for &Output { position, value } in &old.outputs {
-            let stated = self.outputs.get(position as usize).copied();
-            let dtype = stated.unwrap_or_else(|| old.ty(value).dtype);
-            let value = self.value_as(value, dtype, false)?;
-            self.graph.outputs.push(Output { position, value });
-        }
-        Ok(self.graph)
+    fn output(&mut self, edit: &mut Edit<'_>, Output { position, value }: Output) -> Result<ValueId, PassError> {
+        let stated = self.outputs.get(position as usize).copied();
+        self.value_as(edit, value, stated.unwrap_or_else(|| self.old.ty(value).dtype), false)
+    }
+}
+
+impl<'a, 'b> Rebuild<'a, 'b> {
+    pub(super) fn new(old: &'a Graph, outputs: &'a [DType], weights: &'a mut Weights<'b>, dtype: DType) -> Self {
+        Self { old, outputs, weights, dtype, demands: demands(old, outputs, dtype), casts: HashMap::new() }
     }
 
     fn is_weight(&self, value: ValueId) -> bool {
@@ -64,13 +55,13 @@ impl<'a, 'b> Rebuild<'a, 'b> {
     }
 
     /// The type that the value has by now; another half type than that converted to counts as `f32`.
-    fn dtype_of(&self, value: ValueId) -> DType {
+    fn dtype_of(&self, edit: &Edit<'_>, value: ValueId) -> DType {
         if !self.is_converted(value) {
             return self.old.ty(value).dtype;
         }
         let dtype = match self.old.value(value).def {
             ValueDef::Weight(id) => return self.weights.of_expression(id),
-            ValueDef::Node(..) => self.values[value.index()].map(|new| self.graph.ty(new).dtype),
+            ValueDef::Node(..) => edit.get(value).map(|new| edit.new_graph().ty(new).dtype),
             ValueDef::Input(_) | ValueDef::State(_) => None,
         };
         match dtype.unwrap_or_else(|| self.old.ty(value).dtype) {
@@ -80,34 +71,30 @@ impl<'a, 'b> Rebuild<'a, 'b> {
     }
 
     /// The value in a type; weights by their recipe, others by a node where they have another one.
-    fn value_as(&mut self, value: ValueId, dtype: DType, saturate: bool) -> Result<ValueId, PassError> {
+    fn value_as(
+        &mut self,
+        edit: &mut Edit<'_>,
+        value: ValueId,
+        dtype: DType,
+        saturate: bool,
+    ) -> Result<ValueId, PassError> {
         let old = self.old.value(value);
-        let new = match (old.def, self.values[value.index()]) {
-            (ValueDef::Weight(id), _) => {
-                let dtype = if converts(old.ty.dtype) { dtype } else { old.ty.dtype };
-                let (id, ty) = self.weights.get(id, dtype);
-                return Ok(self.graph.add_source(ty, ValueDef::Weight(id)));
-            }
-            (_, Some(new)) => new,
-            (ValueDef::Node(..), None) => {
-                return Err(PassError::invalid(NAME, format!("{value} is read before it is made")));
-            }
-            (ValueDef::Input(_) | ValueDef::State(_), None) => {
-                let new = self.graph.add_source(old.ty.clone(), old.def);
-                self.values[value.index()] = Some(new);
-                new
-            }
-        };
-        if !converts(old.ty.dtype) || self.graph.ty(new).dtype == dtype {
+        if let ValueDef::Weight(id) = old.def {
+            let dtype = if converts(old.ty.dtype) { dtype } else { old.ty.dtype };
+            let (id, ty) = self.weights.get(id, dtype);
+            return Ok(edit.add_source(ty, ValueDef::Weight(id)));
+        }
+        let new = edit.value(value)?;
+        let from = edit.new_graph().ty(new).dtype;
+        if !converts(old.ty.dtype) || from == dtype {
             return Ok(new);
         }
         if let Some(&cast) = self.casts.get(&(new, dtype, saturate)) {
             return Ok(cast);
         }
-        let from = self.graph.ty(new).dtype;
         let op = Op::Pointwise { expr: convert(from, dtype, saturate), dims: old.ty.dims.clone() };
         let origin = self.old.producer(value).map_or_else(|| [].into(), |node| node.origin.clone());
-        let cast = self.graph.add_one(op, &[new], &origin).map_err(|error| PassError::invalid(NAME, error))?;
+        let cast = edit.add_one(op, &[new], &origin)?;
         self.casts.insert((new, dtype, saturate), cast);
         Ok(cast)
     }
@@ -127,11 +114,11 @@ impl<'a, 'b> Rebuild<'a, 'b> {
     }
 
     /// The operation and its operands in the types chosen for it.
-    fn converted(&mut self, node: &Node) -> Result<(Op, Vec<ValueId>), PassError> {
+    fn converted(&mut self, edit: &mut Edit<'_>, node: &Node) -> Result<(Op, Vec<ValueId>), PassError> {
         let floats: Vec<ValueId> =
             node.operands.iter().copied().filter(|&operand| self.is_converted(operand)).collect();
         let dtype = match class(&node.op) {
-            Class::Expression => return self.expression(node, &floats),
+            Class::Expression => return self.expression(edit, node, &floats),
             Class::Product => self.dtype,
             Class::Statistic => DType::F32,
             // What is appended becomes part of the state, whose type stays.
@@ -140,13 +127,13 @@ impl<'a, 'b> Rebuild<'a, 'b> {
             }
             Class::Normalisation | Class::Movement => match floats.first() {
                 Some(&first) if self.is_weight(first) => self.of_constants(node),
-                Some(&first) => self.dtype_of(first),
+                Some(&first) => self.dtype_of(edit, first),
                 None => DType::F32,
             },
             Class::Joining => {
                 let others: Vec<ValueId> =
                     floats.iter().copied().filter(|&operand| !self.is_constant(operand)).collect();
-                let single = others.iter().any(|&operand| self.dtype_of(operand) == DType::F32);
+                let single = others.iter().any(|&operand| self.dtype_of(edit, operand) == DType::F32);
                 match self.demand(node) {
                     Demand::Half => self.dtype,
                     Demand::Single | Demand::Either if single => DType::F32,
@@ -166,7 +153,7 @@ impl<'a, 'b> Rebuild<'a, 'b> {
         let is_mask = |position: usize| matches!(op, Op::Attention { .. }) && position == 3;
         let operands = node.operands.iter().enumerate();
         let operands: Vec<ValueId> = operands
-            .map(|(position, &operand)| self.value_as(operand, dtype, is_mask(position)))
+            .map(|(position, &operand)| self.value_as(edit, operand, dtype, is_mask(position)))
             .collect::<Result<_, _>>()?;
         Ok((op, operands))
     }
@@ -181,14 +168,19 @@ impl<'a, 'b> Rebuild<'a, 'b> {
         }
     }
 
-    fn expression(&mut self, node: &Node, floats: &[ValueId]) -> Result<(Op, Vec<ValueId>), PassError> {
+    fn expression(
+        &mut self,
+        edit: &mut Edit<'_>,
+        node: &Node,
+        floats: &[ValueId],
+    ) -> Result<(Op, Vec<ValueId>), PassError> {
         let Op::Pointwise { expr, dims } = &node.op else {
             return Err(PassError::invalid(NAME, "an expression is expected"));
         };
         let large = has_large_constant(expr, self.dtype) || floats.iter().any(|&operand| self.is_large(operand));
         let result = node.results.first().is_some_and(|&result| self.is_converted(result));
-        let half = result && self.stores_half(node, floats, large);
-        let mut dtypes: Vec<DType> = node.operands.iter().map(|&operand| self.dtype_of(operand)).collect();
+        let half = result && self.stores_half(edit, node, floats, large);
+        let mut dtypes: Vec<DType> = node.operands.iter().map(|&operand| self.dtype_of(edit, operand)).collect();
         let mut converted = in_single(expr, &dtypes);
         let room = converted.ops.len() + STORE_OPS <= MAX_EXPR_OPS && free_slot(expr).is_some();
         if !room {
@@ -200,21 +192,22 @@ impl<'a, 'b> Rebuild<'a, 'b> {
         }
         let mut operands = Vec::new();
         for (&operand, dtype) in node.operands.iter().zip(dtypes) {
-            operands.push(self.value_as(operand, dtype, false)?);
+            operands.push(self.value_as(edit, operand, dtype, false)?);
         }
         Ok((Op::Pointwise { expr: converted, dims: dims.clone() }, operands))
     }
 
     /// Whether an expression's result is stored as the half type.
-    fn stores_half(&self, node: &Node, floats: &[ValueId], large: bool) -> bool {
+    fn stores_half(&self, edit: &Edit<'_>, node: &Node, floats: &[ValueId], large: bool) -> bool {
         let mut others = floats.iter().copied().filter(|&operand| !self.is_weight(operand)).collect::<Vec<_>>();
-        let tables = floats.iter().any(|&operand| self.is_weight(operand) && self.dtype_of(operand) == self.dtype);
+        let tables =
+            floats.iter().any(|&operand| self.is_weight(operand) && self.dtype_of(edit, operand) == self.dtype);
         match self.demand(node) {
             Demand::Half => true,
             Demand::Single => false,
             Demand::Either => {
                 let constant = others.is_empty() && !tables;
-                others.retain(|&operand| self.dtype_of(operand) == DType::F32);
+                others.retain(|&operand| self.dtype_of(edit, operand) == DType::F32);
                 !large && !constant && others.is_empty()
             }
         }

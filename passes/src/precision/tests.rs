@@ -2,59 +2,21 @@
 
 mod pairs;
 
-use cpu::evaluate;
-use cpu::recipe::{NoFiles, WeightBytes, WeightReadError, read_all};
-use ir::text::{graph_text, parse_lines};
+use cpu::recipe::{NoFiles, read_all};
+use ir::Module;
+use ir::text::graph_text;
 use ir::verify::verify;
-use ir::{Mesh, Module, ValueDef};
-use planfile::{DType, Recipe, Scalar, Source, SourceFile, Target, Tensor};
+use planfile::{DType, Scalar};
 
 use super::*;
-use crate::pipeline::Options;
-use crate::shard::{MeshChoice, SPLIT_TABLE_BYTES, ShardOptions};
-
-const CPU: &str = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../fixtures/targets/cpu.json"));
-
-/// Types of the files of [`Noise`], in order.
-const FILES: [DType; 4] = [DType::F32, DType::F16, DType::BF16, DType::F64];
-
-/// Files of noise.
-struct Noise;
-
-impl WeightBytes for Noise {
-    fn read(&self, file: u32, offset: u64, into: &mut [u8]) -> Result<(), WeightReadError> {
-        let dtype = FILES[file as usize];
-        let bytes = dtype.bytes() as u64;
-        for (byte, at) in into.iter_mut().zip(offset..) {
-            let element = (at / bytes).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
-            let value = (element as f32 / (1 << 24) as f32 - 0.5) / 4.0;
-            *byte = Scalar::from_f64(dtype, value.into()).to_bytes()[(at % bytes) as usize];
-        }
-        Ok(())
-    }
-}
-
-fn parse(text: &str) -> Module {
-    let module = parse_lines(text).unwrap_or_else(|error| panic!("{error}\n{text}"));
-    let files = FILES.map(|dtype| SourceFile { name: format!("{dtype}.onnx"), bytes: 1 << 30 });
-    Module { files: files.into(), ..module }
-}
+use crate::harness::{CPU, FILES, Machine, difference, outputs, parse};
+use crate::settings::Options;
 
 type Run = fn(Module, &Settings<'_>) -> Result<Module, PassError>;
 
 fn apply(pass: Run, module: Module, dtype: Option<DType>) -> Module {
-    let target = Target::from_json(CPU).unwrap();
-    let settings = Settings {
-        weights: &NoFiles,
-        options: Options { dtype, ..Options::default() },
-        shard: ShardOptions {
-            mesh: MeshChoice::Fixed(Mesh::default()),
-            split_table_bytes: SPLIT_TABLE_BYTES,
-            batch_dim: 0,
-        },
-        target: &target,
-    };
-    pass(module, &settings).unwrap()
+    let machine = Machine { options: Options { dtype, ..Options::default() }, ..Machine::new(CPU) };
+    pass(module, &machine.settings()).unwrap()
 }
 
 fn run_pass(module: Module, dtype: Option<DType>) -> Module {
@@ -87,39 +49,9 @@ fn check(dtype: DType, before: &str, after: &str) {
     assert!(actual == expected, "got\n{actual}\nexpected\n{expected}");
 }
 
-/// Outputs of the only graph, on noise.
-fn outputs(module: &Module) -> Vec<Vec<f64>> {
-    let graph = &module.graphs[0];
-    let source = |value: &Value| match value.def {
-        ValueDef::Weight(id) => Some(read_all(&module.weight(id).recipe, &Noise).unwrap()),
-        ValueDef::Input(seed) => {
-            let recipe = Recipe::source(value.ty.clone(), Source::Random { seed: seed.into() });
-            Some(read_all(&recipe, &NoFiles).unwrap())
-        }
-        ValueDef::State(_) | ValueDef::Node(..) => None,
-    };
-    let mut values: Vec<Option<Tensor>> = graph.values.iter().map(source).collect();
-    for node in &graph.nodes {
-        let operands: Vec<&Tensor> =
-            node.operands.iter().map(|operand| values[operand.index()].as_ref().unwrap()).collect();
-        for (id, result) in node.results.iter().zip(evaluate(&node.op, &operands).unwrap()) {
-            values[id.index()] = Some(result);
-        }
-    }
-    let output = |output: &ir::Output| {
-        let Tensor { ty, data } = values[output.value.index()].clone().unwrap();
-        let elements = data.bytes().chunks_exact(ty.dtype.bytes());
-        elements.map(|bytes| Scalar::from_bytes(ty.dtype, bytes).unwrap().to_f64()).collect()
-    };
-    graph.outputs.iter().map(output).collect()
-}
-
 /// Largest difference to the module in `f32`, as a share of the largest output.
 fn error(text: &str, dtype: DType) -> f64 {
-    let (exact, rounded) = (outputs(&parse(text)), outputs(&run_pass(parse(text), Some(dtype))));
-    let pairs = exact.iter().flatten().zip(rounded.iter().flatten());
-    let largest = exact.iter().flatten().fold(0.0, |largest: f64, x| largest.max(x.abs()));
-    pairs.fold(0.0, |worst: f64, (a, b)| if b.is_finite() { worst.max((a - b).abs()) } else { f64::INFINITY }) / largest
+    difference(&outputs(&parse(text)), &outputs(&run_pass(parse(text), Some(dtype))))
 }
 
 #[test]

@@ -9,10 +9,11 @@ use ir::{Graph, Mesh, MeshAxis, Module, Node, ValueDef, ValueId, WeightId};
 use planfile::text::count;
 use planfile::{Op, Target};
 
+use super::batch_size;
 use super::factors::{Kind, factors};
 use super::hints::hints;
-use super::{ShardOptions, batch_size};
 use crate::cost;
+use crate::settings::ShardOptions;
 
 /// An axis of the mesh that does less than its size says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -255,13 +256,9 @@ impl Whole {
 
 #[cfg(test)]
 mod tests {
-    use cpu::recipe::NoFiles;
-
     use super::*;
-    use crate::pipeline::{Options, Settings};
-    use crate::shard::{MeshChoice, SPLIT_TABLE_BYTES, parse_mesh, place};
-
-    const CPU: &str = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../fixtures/targets/cpu.json"));
+    use crate::harness::{CPU, Machine};
+    use crate::shard::{parse_mesh, place};
 
     /// Idle axes, and the sentence about what stays whole, of `y = x · w` on a mesh.
     fn product(rows: u64, columns: u64, mesh: &str) -> (Vec<IdleAxis>, Option<String>) {
@@ -276,14 +273,11 @@ mod tests {
              }}\n"
         );
         let module = ir::text::parse(&text).unwrap();
-        let target = Target::from_json(CPU).unwrap();
         let mesh = parse_mesh(mesh).unwrap();
-        let shard =
-            ShardOptions { mesh: MeshChoice::Fixed(mesh.clone()), split_table_bytes: SPLIT_TABLE_BYTES, batch_dim: 0 };
-        let settings =
-            Settings { weights: &NoFiles, options: Options::default(), shard: shard.clone(), target: &target };
+        let machine = Machine::new(CPU).with_mesh(mesh.clone());
+        let settings = machine.settings();
         let placed = place(module.clone(), mesh.clone(), &settings).unwrap();
-        (idle_axes(&module, &placed, &shard), whole(&module, &placed, &target).text(&mesh))
+        (idle_axes(&module, &placed, &settings.shard), whole(&module, &placed, settings.target).text(&mesh))
     }
 
     fn why(rows: u64, columns: u64, mesh: &str) -> Vec<String> {

@@ -77,7 +77,7 @@ impl Affine {
 }
 
 /// The function of a node's first result, from its operands'.
-pub(super) fn of(sweep: &Sweep<'_, '_>, op: &Op, operands: &[ValueId]) -> Option<Affine> {
+pub(super) fn of(sweep: &Sweep<'_, '_, '_>, op: &Op, operands: &[ValueId]) -> Option<Affine> {
     let only = || operands.first().and_then(|&operand| Some((sweep.affine(operand)?, &sweep.ty(operand).dims)));
     match op {
         Op::Reshape { dims } => {

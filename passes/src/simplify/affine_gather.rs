@@ -23,7 +23,7 @@ struct Pick {
     to: Option<usize>,
 }
 
-pub(super) fn apply(sweep: &mut Sweep<'_, '_>, call: &Call) -> Result<Option<Step>, PassError> {
+pub(super) fn apply(sweep: &mut Sweep<'_, '_, '_>, call: &Call) -> Result<Option<Step>, PassError> {
     let &[x, indices] = call.operands.as_slice() else { return Ok(None) };
     let (x_dims, index_ty) = (sweep.ty(x).dims.clone(), sweep.ty(indices).clone());
     let Some(x_sizes) = x_dims.iter().map(|dim| dim.fixed()).collect::<Option<Vec<u64>>>() else { return Ok(None) };
@@ -85,7 +85,7 @@ fn pick(affine: &Affine, grid: &[u64], size: u64, offset: usize) -> Option<Pick>
 }
 
 /// The function of each component of index tuples: `indices[.., c]`, over the dimensions before the last.
-fn components(sweep: &mut Sweep<'_, '_>, indices: ValueId) -> Result<Option<Vec<Affine>>, PassError> {
+fn components(sweep: &mut Sweep<'_, '_, '_>, indices: ValueId) -> Result<Option<Vec<Affine>>, PassError> {
     let sizes = sweep.ty(indices).sizes();
     let Some((&depth, grid)) = sizes.split_last() else { return Ok(None) };
     if let Some(affine) = sweep.affine(indices) {
@@ -115,7 +115,7 @@ fn along_last(affine: &Affine, depth: u64) -> Option<Vec<Affine>> {
 
 /// Slice, transpose, reshape and broadcast of `x`; what changes nothing is not built.
 fn view(
-    sweep: &mut Sweep<'_, '_>,
+    sweep: &mut Sweep<'_, '_, '_>,
     call: &Call,
     x: ValueId,
     picks: &[Pick],

@@ -12,7 +12,7 @@ use super::reshape;
 use super::sweep::{Call, Step, Sweep, union};
 use crate::error::PassError;
 
-pub(super) fn apply(sweep: &mut Sweep<'_, '_>, call: &Call) -> Result<Option<Step>, PassError> {
+pub(super) fn apply(sweep: &mut Sweep<'_, '_, '_>, call: &Call) -> Result<Option<Step>, PassError> {
     let (Op::Broadcast { dims }, &[x]) = (&call.op, call.operands.as_slice()) else { return Ok(None) };
     let ty = sweep.ty(x);
     // Sizes differ from 1 to something else only, so as many elements mean the same elements.
@@ -30,7 +30,7 @@ pub(super) fn apply(sweep: &mut Sweep<'_, '_>, call: &Call) -> Result<Option<Ste
 }
 
 /// The value that broadcasts to the same as `value` does.
-pub(super) fn behind(sweep: &Sweep<'_, '_>, value: ValueId) -> Option<ValueId> {
+pub(super) fn behind(sweep: &Sweep<'_, '_, '_>, value: ValueId) -> Option<ValueId> {
     let broadcast = sweep.producer(value).filter(|node| matches!(node.op, Op::Broadcast { .. }));
     let source = broadcast.and_then(|node| node.operands.first().copied());
     source.or_else(|| reshape::behind_leading_ones(sweep, value))

@@ -10,7 +10,7 @@ use planfile::Op;
 use super::sweep::{Call, Step, Sweep};
 use crate::error::PassError;
 
-pub(super) fn apply(sweep: &mut Sweep<'_, '_>, call: &Call) -> Result<Option<Step>, PassError> {
+pub(super) fn apply(sweep: &mut Sweep<'_, '_, '_>, call: &Call) -> Result<Option<Step>, PassError> {
     let Op::Concat { axis } = call.op else { return Ok(None) };
     if let &[x] = call.operands.as_slice() {
         return Ok(Some(Step::Values(vec![x])));

@@ -14,7 +14,7 @@ use crate::error::PassError;
 /// Results up to this size are kept in the module.
 pub(super) const INLINE_BYTES: u64 = 16 << 10;
 
-pub(super) fn apply(sweep: &mut Sweep<'_, '_>, call: &Call) -> Result<Option<Step>, PassError> {
+pub(super) fn apply(sweep: &mut Sweep<'_, '_, '_>, call: &Call) -> Result<Option<Step>, PassError> {
     let Call { op, operands, origin } = call;
     let Some(weights) = operands.iter().map(|&operand| sweep.as_weight(operand)).collect::<Option<Vec<_>>>() else {
         return Ok(None);

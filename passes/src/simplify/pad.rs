@@ -9,7 +9,7 @@ use planfile::{Op, RankScalar};
 use super::sweep::{Call, Step, Sweep};
 use crate::error::PassError;
 
-pub(super) fn apply(sweep: &mut Sweep<'_, '_>, call: &Call) -> Result<Option<Step>, PassError> {
+pub(super) fn apply(sweep: &mut Sweep<'_, '_, '_>, call: &Call) -> Result<Option<Step>, PassError> {
     let Op::Pad { low, high, .. } = &call.op else { return Ok(None) };
     let Some(&x) = call.operands.first() else { return Ok(None) };
     let ty = sweep.ty(x);

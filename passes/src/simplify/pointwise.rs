@@ -14,7 +14,7 @@ use super::sweep::{Call, Step, Sweep};
 use super::{broadcast, expr};
 use crate::error::PassError;
 
-pub(super) fn apply(sweep: &mut Sweep<'_, '_>, call: &Call) -> Result<Option<Step>, PassError> {
+pub(super) fn apply(sweep: &mut Sweep<'_, '_, '_>, call: &Call) -> Result<Option<Step>, PassError> {
     let Op::Pointwise { expr, dims } = &call.op else { return Ok(None) };
     let mut operands: Vec<ValueId> = Vec::new();
     let mut ops = Vec::new();
@@ -58,7 +58,7 @@ pub(super) fn apply(sweep: &mut Sweep<'_, '_>, call: &Call) -> Result<Option<Ste
 }
 
 /// The value behind broadcasts, which has the same element wherever it is read.
-fn source(sweep: &Sweep<'_, '_>, value: ValueId) -> ValueId {
+fn source(sweep: &Sweep<'_, '_, '_>, value: ValueId) -> ValueId {
     let mut value = value;
     while let Some(behind) = broadcast::behind(sweep, value) {
         value = behind;
@@ -69,7 +69,7 @@ fn source(sweep: &Sweep<'_, '_>, value: ValueId) -> ValueId {
 /// The element of a constant that has only one, or the same everywhere.
 ///
 /// Weights of several elements that come from files are left alone, so that what happens does not depend on training.
-fn uniform(sweep: &mut Sweep<'_, '_>, value: ValueId) -> Result<Option<Scalar>, PassError> {
+fn uniform(sweep: &mut Sweep<'_, '_, '_>, value: ValueId) -> Result<Option<Scalar>, PassError> {
     if let Some(node) = sweep.producer(value) {
         let constant = match &node.op {
             Op::Pointwise { expr: Expr { ops }, .. } => match ops.as_slice() {

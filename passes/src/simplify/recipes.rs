@@ -13,7 +13,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use std::rc::Rc;
 
 use cpu::recipe::WeightBytes;
-use ir::{Graph, Module, Node, NodeId, Value, ValueDef, ValueId, Weight, WeightId};
+use ir::{Graph, IrError, Module, Node, NodeId, ValueDef, ValueId, Weight, WeightId};
 use planfile::op::PadMode;
 use planfile::{Op, Recipe, RecipeInput, Spec, SpecNode, TensorType};
 
@@ -36,19 +36,28 @@ const GROWTH: u64 = 2;
 const TOTAL_GROWTH: u64 = 4;
 const FREE_ELEMENTS: u64 = 1 << 20;
 
-/// Replaces constant values that non-constant nodes read; whether there were any. Nodes left without readers stay.
-pub(super) fn run(module: &mut Module, bytes: &dyn WeightBytes) -> Result<bool, PassError> {
+/// Replaces constant values that non-constant nodes read.
+pub(super) fn run(mut module: Module, bytes: &dyn WeightBytes) -> Result<Module, PassError> {
     let (mut weights, renamed) = Weights::new(&module.weights, bytes);
     if renamed.iter().enumerate().any(|(index, id)| id.index() != index) {
         return Err(PassError::Invalid { pass: NAME, why: "equal weights were not merged".to_owned() });
     }
-    let mut changed = false;
     let mut budget = Budget::new(&module.weights);
     for graph in &mut module.graphs {
-        changed |= absorb(graph, &mut weights, &mut budget);
+        let absorbed = absorbed(graph, &mut weights, &mut budget);
+        // What made them has no readers then, and goes.
+        *graph = graph.rewrite(|edit, node| {
+            let mut kept = edit.keep(node)?;
+            for (result, kept) in node.results.iter().zip(&mut kept) {
+                if let Some(&id) = absorbed.get(result) {
+                    *kept = edit.add_source(weights.get(id).ty.clone(), ValueDef::Weight(id));
+                }
+            }
+            Ok::<_, IrError>(kept)
+        })?;
     }
     module.weights = weights.into_table();
-    Ok(changed)
+    Ok(module.compacted())
 }
 
 /// Elements that recipes may still make.
@@ -135,7 +144,8 @@ fn justified(graph: &Graph, node: &Node, leaves: &BTreeSet<WeightId>, weights: &
     node.results.iter().all(small) || made <= sources.saturating_mul(GROWTH)
 }
 
-fn absorb(graph: &mut Graph, weights: &mut Weights<'_>, budget: &mut Budget) -> bool {
+/// The weight of each constant value that is worth one.
+fn absorbed(graph: &Graph, weights: &mut Weights<'_>, budget: &mut Budget) -> HashMap<ValueId, WeightId> {
     // Nodes that stay for want of room. What they read may be wanted instead.
     let mut kept: HashSet<NodeId> = HashSet::new();
     let wanted = loop {
@@ -153,24 +163,14 @@ fn absorb(graph: &mut Graph, weights: &mut Weights<'_>, budget: &mut Budget) -> 
             break wanted;
         }
     };
-    let mut replacements: HashMap<ValueId, ValueId> = HashMap::new();
-    let mut added = Vec::new();
+    let mut absorbed = HashMap::new();
     for &value in &wanted {
         let recipe = compose(graph, value, weights);
-        let ty = graph.ty(value).clone();
         let (origin, name) = graph.producer(value).map(|node| (node.origin.clone(), node.op.name())).unzip();
-        let id = weights.add(ty.clone(), recipe, &origin.unwrap_or_else(|| [].into()), name.unwrap_or("weight"));
-        replacements.insert(value, ValueId((graph.values.len() + added.len()) as u32));
-        added.push(Value { ty, def: ValueDef::Weight(id), shard: None });
+        let (origin, name) = (origin.unwrap_or_else(|| [].into()), name.unwrap_or("weight"));
+        absorbed.insert(value, weights.add(graph.ty(value).clone(), recipe, &origin, name));
     }
-    graph.values.extend(added);
-    let operands = graph.nodes.iter_mut().flat_map(|node| &mut node.operands);
-    for value in operands.chain(graph.outputs.iter_mut().map(|output| &mut output.value)) {
-        if let Some(&replacement) = replacements.get(value) {
-            *value = replacement;
-        }
-    }
-    !wanted.is_empty()
+    absorbed
 }
 
 /// Constant values that nodes read which are none, and constant outputs.

@@ -19,7 +19,7 @@ use planfile::{Dim, Op};
 use super::sweep::{Call, Step, Sweep, union};
 use crate::error::PassError;
 
-pub(super) fn apply(sweep: &mut Sweep<'_, '_>, call: &Call) -> Result<Option<Step>, PassError> {
+pub(super) fn apply(sweep: &mut Sweep<'_, '_, '_>, call: &Call) -> Result<Option<Step>, PassError> {
     let (Op::Reshape { dims }, &[x]) = (&call.op, call.operands.as_slice()) else { return Ok(None) };
     if sweep.ty(x).dims == *dims {
         return Ok(Some(Step::Values(vec![x])));
@@ -33,7 +33,7 @@ pub(super) fn apply(sweep: &mut Sweep<'_, '_>, call: &Call) -> Result<Option<Ste
 
 /// `reshape (transpose (reshape x))` with the last one's splits moved into the first.
 fn split_before_transpose(
-    sweep: &mut Sweep<'_, '_>,
+    sweep: &mut Sweep<'_, '_, '_>,
     call: &Call,
     x: ValueId,
     dims: &[Dim],
@@ -78,7 +78,7 @@ fn splits(from: &[Dim], to: &[Dim]) -> Option<Vec<Range<usize>>> {
 }
 
 /// The operand of a reshape that only puts dimensions of size 1 in front, which broadcasting does by itself.
-pub(super) fn behind_leading_ones(sweep: &Sweep<'_, '_>, value: ValueId) -> Option<ValueId> {
+pub(super) fn behind_leading_ones(sweep: &Sweep<'_, '_, '_>, value: ValueId) -> Option<ValueId> {
     let node = sweep.producer(value).filter(|node| matches!(node.op, Op::Reshape { .. }))?;
     let &[x] = node.operands.as_slice() else { return None };
     let (inner, outer) = (&sweep.ty(x).dims, &sweep.ty(value).dims);

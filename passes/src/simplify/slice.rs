@@ -11,7 +11,7 @@ use planfile::{Op, RankScalar};
 use super::sweep::{Call, Step, Sweep, union};
 use crate::error::PassError;
 
-pub(super) fn apply(sweep: &mut Sweep<'_, '_>, call: &Call) -> Result<Option<Step>, PassError> {
+pub(super) fn apply(sweep: &mut Sweep<'_, '_, '_>, call: &Call) -> Result<Option<Step>, PassError> {
     let Op::Slice { starts, steps, sizes } = &call.op else { return Ok(None) };
     let &[x] = call.operands.as_slice() else { return Ok(None) };
     let Some(starts) = uniform(starts) else { return Ok(None) };

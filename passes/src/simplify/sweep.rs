@@ -7,8 +7,8 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use ir::{Graph, Node, NodeId, Origin, Output, Value, ValueDef, ValueId, WeightId, joined_origin};
-use planfile::{Op, TensorType, infer};
+use ir::{Edit, Node, Origin, Output, Rewrite, ValueDef, ValueId, WeightId, joined_origin};
+use planfile::{Op, TensorType};
 
 use super::affine::{self, Affine};
 use super::weights::Weights;
@@ -34,123 +34,99 @@ pub(super) enum Step {
 /// A simpler form for some calls; `None` where it does not apply.
 pub(super) struct Rule {
     pub name: &'static str,
-    pub apply: fn(&mut Sweep<'_, '_>, &Call) -> Result<Option<Step>, PassError>,
+    pub apply: fn(&mut Sweep<'_, '_, '_>, &Call) -> Result<Option<Step>, PassError>,
 }
 
 /// Rewrites of one node, in a row; more of them mean rules that undo each other.
 const MAX_STEPS: usize = 256;
 
-/// The graph under construction.
-pub(super) struct Sweep<'a, 'b> {
-    graph: Graph,
-    pub weights: &'a mut Weights<'b>,
-    renamed: &'a [WeightId],
-    sources: HashMap<(u8, u32), ValueId>,
-    known: HashMap<(Op, Vec<ValueId>), NodeId>,
-    /// For each value of the new graph, how its elements follow from their indices, where that is known.
-    affine: Vec<Option<Affine>>,
+/// The rules, applied to each node of a graph.
+pub(super) struct Simplest<'w, 'b> {
+    weights: &'w mut Weights<'b>,
+    /// For each weight of the old module, the one in the table.
+    renamed: &'w [WeightId],
+    facts: Facts,
 }
 
-impl<'a, 'b> Sweep<'a, 'b> {
-    /// `renamed`: for each weight of the old module, the one in the table.
-    pub(super) fn new(old: &Graph, weights: &'a mut Weights<'b>, renamed: &'a [WeightId]) -> Self {
-        let graph = Graph { ranks: old.ranks.clone(), ..Graph::new(&old.name) };
-        Self { graph, weights, renamed, sources: HashMap::new(), known: HashMap::new(), affine: Vec::new() }
+/// What is known of the graph under construction.
+#[derive(Default)]
+struct Facts {
+    /// The results of each node.
+    nodes: HashMap<(Op, Vec<ValueId>), Vec<ValueId>>,
+    /// How elements follow from their indices; none where they do not.
+    affine: HashMap<ValueId, Option<Affine>>,
+}
+
+/// The graph under construction, as rules see it.
+pub(super) struct Sweep<'e, 'g, 'b> {
+    edit: &'e mut Edit<'g>,
+    pub weights: &'e mut Weights<'b>,
+    facts: &'e mut Facts,
+}
+
+impl<'w, 'b> Simplest<'w, 'b> {
+    pub(super) fn new(weights: &'w mut Weights<'b>, renamed: &'w [WeightId]) -> Self {
+        Self { weights, renamed, facts: Facts::default() }
     }
 
-    /// The new graph; nodes that lost their readers are still in it.
-    pub(super) fn run(mut self, old: &Graph) -> Result<Graph, PassError> {
-        let mut replacements: Vec<Option<ValueId>> = vec![None; old.values.len()];
-        for node in &old.nodes {
-            let operands = self.replaced(old, &mut replacements, node.operands.iter().copied())?;
-            let results = self.emit(Call { op: node.op.clone(), operands, origin: Arc::clone(&node.origin) })?;
-            for (&before, after) in node.results.iter().zip(results) {
-                replacements[before.index()] = Some(after);
-            }
-        }
-        for &Output { position, value } in &old.outputs {
-            let value = self.replaced(old, &mut replacements, [value])?[0];
-            self.graph.outputs.push(Output { position, value });
-        }
-        Ok(self.graph)
+    fn sweep<'e, 'g>(&'e mut self, edit: &'e mut Edit<'g>) -> Sweep<'e, 'g, 'b> {
+        Sweep { edit, weights: self.weights, facts: &mut self.facts }
     }
 
-    fn replaced(
-        &mut self,
-        old: &Graph,
-        replacements: &mut [Option<ValueId>],
-        values: impl IntoIterator<Item = ValueId>,
-    ) -> Result<Vec<ValueId>, PassError> {
-        let mut found = Vec::new();
-        for value in values {
-            let replacement = match (replacements[value.index()], old.value(value)) {
-                (Some(replacement), _) => replacement,
-                (None, Value { def: ValueDef::Node(..), .. }) => {
-                    return Err(PassError::Invalid { pass: NAME, why: format!("{value} is read before it is made") });
-                }
-                (None, Value { def: ValueDef::Weight(id), .. }) => self.weight(self.renamed[id.index()])?,
-                (None, Value { def, ty, .. }) => self.source(ty.clone(), *def)?,
-            };
-            replacements[value.index()] = Some(replacement);
-            found.push(replacement);
+    fn value(&mut self, edit: &mut Edit<'_>, old: ValueId) -> Result<ValueId, PassError> {
+        if let (None, ValueDef::Weight(id)) = (edit.get(old), edit.old().value(old).def) {
+            let id = self.renamed[id.index()];
+            let new = self.sweep(edit).weight(id)?;
+            edit.set(old, new);
         }
-        Ok(found)
+        Ok(edit.value(old)?)
+    }
+}
+
+impl Rewrite for Simplest<'_, '_> {
+    type Error = PassError;
+
+    fn node(&mut self, edit: &mut Edit<'_>, node: &Node) -> Result<Vec<ValueId>, PassError> {
+        let operands = node.operands.iter().map(|&operand| self.value(edit, operand)).collect::<Result<_, _>>()?;
+        self.sweep(edit).emit(Call { op: node.op.clone(), operands, origin: Arc::clone(&node.origin) })
     }
 
+    fn output(&mut self, edit: &mut Edit<'_>, output: Output) -> Result<ValueId, PassError> {
+        self.value(edit, output.value)
+    }
+}
+
+impl Sweep<'_, '_, '_> {
     /// The value of a weight.
     pub(super) fn weight(&mut self, id: WeightId) -> Result<ValueId, PassError> {
         let ty = self.weights.get(id).ty.clone();
-        self.source(ty, ValueDef::Weight(id))
-    }
-
-    fn source(&mut self, ty: TensorType, def: ValueDef) -> Result<ValueId, PassError> {
-        let key = match def {
-            ValueDef::Input(position) => (0, position),
-            ValueDef::Weight(id) => (1, id.0),
-            ValueDef::State(id) => (2, id.0),
-            ValueDef::Node(id, _) => {
-                return Err(PassError::Invalid { pass: NAME, why: format!("node {id} is no source") });
-            }
-        };
-        if let Some(&value) = self.sources.get(&key) {
-            return Ok(value);
+        let value = self.edit.add_source(ty.clone(), ValueDef::Weight(id));
+        if affine::is_index_type(&ty) && !self.facts.affine.contains_key(&value) {
+            let tensor = self.weights.read(id)?;
+            let affine = tensor.and_then(|tensor| Affine::fit(&ty.sizes(), &tensor.to_i64s()?));
+            self.facts.affine.insert(value, affine);
         }
-        let affine = match def {
-            ValueDef::Weight(id) if affine::is_index_type(&ty) => match self.weights.read(id)? {
-                Some(tensor) => tensor.to_i64s().and_then(|elements| Affine::fit(&ty.sizes(), &elements)),
-                None => None,
-            },
-            _ => None,
-        };
-        let value = self.push(ty, def, affine);
-        self.sources.insert(key, value);
         Ok(value)
     }
 
-    fn push(&mut self, ty: TensorType, def: ValueDef, affine: Option<Affine>) -> ValueId {
-        self.graph.values.push(Value { ty, def, shard: None });
-        self.affine.push(affine);
-        ValueId(self.graph.values.len() as u32 - 1)
-    }
-
     pub(super) fn ty(&self, value: ValueId) -> &TensorType {
-        self.graph.ty(value)
+        self.edit.new_graph().ty(value)
     }
 
     /// The node of the new graph that defines the value.
     pub(super) fn producer(&self, value: ValueId) -> Option<&Node> {
-        self.graph.producer(value)
+        self.edit.new_graph().producer(value)
     }
 
     pub(super) fn as_weight(&self, value: ValueId) -> Option<WeightId> {
-        match self.graph.value(value).def {
+        match self.edit.new_graph().value(value).def {
             ValueDef::Weight(id) => Some(id),
             ValueDef::Input(_) | ValueDef::State(_) | ValueDef::Node(..) => None,
         }
     }
 
     pub(super) fn affine(&self, value: ValueId) -> Option<&Affine> {
-        self.affine[value.index()].as_ref()
+        self.facts.affine.get(&value)?.as_ref()
     }
 
     /// Builds a node that has one result, in its simplest form.
@@ -186,27 +162,19 @@ impl<'a, 'b> Sweep<'a, 'b> {
         // What has effects beyond its results happens as often as it was written.
         let mergeable = !op.is_collective() && !matches!(op, Op::Append { .. });
         let key = (op, operands);
-        if let Some(&known) = self.known.get(&key).filter(|_| mergeable) {
-            let node = &mut self.graph.nodes[known.index()];
-            node.origin = union(&node.origin, &origin);
-            return Ok(node.results.clone());
+        if let Some(known) = self.facts.nodes.get(&key).filter(|_| mergeable) {
+            known.iter().take(1).for_each(|&result| self.edit.also_from(result, &origin));
+            return Ok(known.clone());
         }
-        let types: Vec<&TensorType> = key.1.iter().map(|&operand| self.graph.ty(operand)).collect();
-        let inferred = infer(&key.0, &types).map_err(|why| {
-            let from = origin.first().map_or("", |name| name);
-            PassError::Invalid { pass: NAME, why: format!("{} (from `{from}`): {why}", key.0.name()) }
-        })?;
         let affine = affine::of(self, &key.0, &key.1);
-        let id = NodeId(self.graph.nodes.len() as u32);
-        let mut results = Vec::new();
-        for (position, ty) in (0u32..).zip(inferred) {
-            let affine = affine.clone().filter(|_| affine::is_index_type(&ty));
-            results.push(self.push(ty, ValueDef::Node(id, position), affine));
+        let results = self.edit.add(key.0.clone(), &key.1, &origin)?;
+        for &result in results.iter().filter(|_| affine.is_some()) {
+            if affine::is_index_type(self.edit.new_graph().ty(result)) {
+                self.facts.affine.insert(result, affine.clone());
+            }
         }
-        let (op, operands) = key.clone();
-        self.graph.nodes.push(Node { op, operands, results: results.clone(), origin });
         if mergeable {
-            self.known.insert(key, id);
+            self.facts.nodes.insert(key, results.clone());
         }
         Ok(results)
     }

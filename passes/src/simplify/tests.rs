@@ -1,103 +1,20 @@
 //! What the tests of the steps share, and tests of the pass as a whole.
 
-use cpu::evaluate;
-use cpu::recipe::{NoFiles, WeightBytes, WeightReadError, read_all};
+use cpu::recipe::NoFiles;
 use ir::text::parse_lines;
-use ir::verify::verify;
-use ir::{Module, ValueDef, WeightId};
-use planfile::{Source, SourceFile, Tensor};
 
-use super::{dead, simplify};
+use super::{run, simplify};
+use crate::harness::{CPU, Case};
 
-/// Files whose byte at each offset is the offset's lowest.
-struct Counting;
-
-impl WeightBytes for Counting {
-    fn read(&self, _: u32, offset: u64, into: &mut [u8]) -> Result<(), WeightReadError> {
-        into.iter_mut().zip(offset..).for_each(|(byte, offset)| *byte = offset as u8);
-        Ok(())
-    }
-}
-
-/// The lines as a module with one file.
-fn parse(text: &str) -> Module {
-    let module = parse_lines(text).unwrap_or_else(|error| panic!("{error}\n{text}"));
-    Module { files: vec![SourceFile { name: "model.onnx".to_owned(), bytes: 1 << 30 }], ..module }
-}
-
-fn simplified(text: &str) -> Module {
-    let module = parse(text);
-    let once = simplify(module.clone(), &Counting).unwrap();
-    verify(&once).unwrap_or_else(|error| panic!("{error}\n{once}"));
-    assert_same_results(&module, &once);
-    let twice = simplify(once.clone(), &Counting).unwrap();
-    assert_eq!(once, twice, "not idempotent:\n{once}\n{twice}");
-    once
-}
-
-/// Checks that `before` becomes `after`, up to names of weights and, unless `after` states some, origins.
+/// Checks that `before` becomes `after`, see [`Case::check`].
 #[track_caller]
 pub(super) fn check(before: &str, after: &str) {
-    let actual = comparable(simplified(before), after.contains('#'));
-    let expected = comparable(parse(after), after.contains('#'));
-    assert!(actual.graphs == expected.graphs && actual.weights == expected.weights, "got\n{actual}\nfor\n{expected}");
+    Case::new(run, CPU).check(before, after);
 }
 
 #[track_caller]
 pub(super) fn check_unchanged(text: &str) {
     check(text, text);
-}
-
-/// Without dead parts, weights numbered by use and without names.
-fn comparable(module: Module, origins: bool) -> Module {
-    let mut module = dead::run(&module);
-    let mut order: Vec<WeightId> = Vec::new();
-    for value in module.graphs.iter_mut().flat_map(|graph| &mut graph.values) {
-        if let ValueDef::Weight(id) = &mut value.def {
-            let number = order.iter().position(|known| known == id).unwrap_or_else(|| {
-                order.push(*id);
-                order.len() - 1
-            });
-            *id = WeightId(number as u32);
-        }
-    }
-    let weights = order.iter().map(|id| module.weight(*id).clone());
-    module.weights = weights.map(|weight| ir::Weight { name: String::new(), ..weight }).collect();
-    if !origins {
-        module.graphs.iter_mut().flat_map(|graph| &mut graph.nodes).for_each(|node| node.origin = [].into());
-    }
-    module
-}
-
-/// Runs the module's only graph on noise.
-fn outputs(module: &Module) -> Vec<Tensor> {
-    let graph = &module.graphs[0];
-    let mut values: Vec<Option<Tensor>> = graph
-        .values
-        .iter()
-        .map(|value| match value.def {
-            ValueDef::Weight(id) => Some(read_all(&module.weight(id).recipe, &Counting).unwrap()),
-            ValueDef::Input(seed) => {
-                let recipe = planfile::Recipe::source(value.ty.clone(), Source::Random { seed: seed.into() });
-                Some(read_all(&recipe, &NoFiles).unwrap())
-            }
-            ValueDef::State(_) | ValueDef::Node(..) => None,
-        })
-        .collect();
-    for node in &graph.nodes {
-        let operands: Vec<&Tensor> =
-            node.operands.iter().map(|operand| values[operand.index()].as_ref().unwrap()).collect();
-        let results = evaluate(&node.op, &operands).unwrap();
-        for (id, result) in node.results.iter().zip(results) {
-            values[id.index()] = Some(result);
-        }
-    }
-    graph.outputs.iter().map(|output| values[output.value.index()].clone().unwrap()).collect()
-}
-
-#[track_caller]
-fn assert_same_results(before: &Module, after: &Module) {
-    assert_eq!(outputs(before), outputs(after), "results differ:\n{before}\n{after}");
 }
 
 #[test]

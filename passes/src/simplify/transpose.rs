@@ -9,7 +9,7 @@ use super::reshape;
 use super::sweep::{Call, Step, Sweep, union};
 use crate::error::PassError;
 
-pub(super) fn apply(sweep: &mut Sweep<'_, '_>, call: &Call) -> Result<Option<Step>, PassError> {
+pub(super) fn apply(sweep: &mut Sweep<'_, '_, '_>, call: &Call) -> Result<Option<Step>, PassError> {
     let (Op::Transpose { permutation }, &[x]) = (&call.op, call.operands.as_slice()) else { return Ok(None) };
     if permutation.iter().enumerate().all(|(axis, &from)| axis == usize::from(from)) {
         return Ok(Some(Step::Values(vec![x])));

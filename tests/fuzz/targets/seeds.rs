@@ -47,7 +47,7 @@ fn write(seeds: &Path, folder: &Path, devices: u32) -> Option<()> {
     let target = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../../fixtures/targets/cpu.json"));
     let path = workplace::file("model.onnx", &model);
     let mut request = Request::new(&path, Target::from_json(target).ok()?);
-    request.mesh = passes::shard::MeshChoice::Devices(devices);
+    request.mesh = passes::settings::MeshChoice::Devices(devices);
     for dim in ["batch", "seq", "sequence", "past", "batch_size", "sequence_length"] {
         request.bindings.dims.insert(dim.to_owned(), 2);
         if request.compile(&mut |_, _| {}).is_err() {

@@ -57,7 +57,8 @@ pub fn parse(text: &str) -> Result<Module, IrError> {
 
 /// The lines of one graph, without a module around them: what tests of passes are written in.
 ///
-/// Inputs are declared by their types alone, weights may carry their recipe; `mesh` may come first.
+/// Inputs are declared by their types alone, weights may carry their recipe; `mesh` may come first, whose
+/// ranks run the graph then.
 ///
 /// ```
 /// let module = ir::text::parse_lines("
@@ -80,7 +81,9 @@ pub fn parse_lines(text: &str) -> Result<Module, IrError> {
     if cursor.accept_word("mesh") {
         module.mesh = read_mesh(&mut cursor)?;
     }
-    let mut graph = Graph::new("main");
+    let ranks = module.mesh.ranks();
+    let ranks = if ranks > 1 { (0..ranks).collect() } else { Vec::new() };
+    let mut graph = Graph { ranks, ..Graph::new("main") };
     let names = read_statements(&mut cursor, &mut module, &mut graph, Vec::new())?;
     if *cursor.peek() != Kind::End {
         return Err(cursor.expected("a statement"));
