@@ -221,7 +221,7 @@ impl Arguments {
         let target = Target::from_json(&text)
             .map_err(|why| Failure::new(Exit::Invalid, format!("target {name}: {why}; see fixtures/targets")))?;
         // Threads are devices enough; machines have as many as they have.
-        if target.device.architecture == "cpu" && devices != target.devices {
+        if target.device.architecture.is_host() && devices != target.devices {
             return Ok(target.with_devices(devices));
         }
         if devices > target.devices {

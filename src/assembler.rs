@@ -11,6 +11,7 @@ use std::{env, fs};
 
 use passes::error::PassError;
 use passes::lower::{Assembler, KernelSource};
+use planfile::Cuda;
 use planfile::regular;
 use planfile::replace::Replacement;
 use runtime::cuda::nvrtc::{self, Nvrtc};
@@ -20,7 +21,8 @@ use runtime::cuda::nvrtc::{self, Nvrtc};
 pub(crate) struct NvrtcAssembler;
 
 impl Assembler for NvrtcAssembler {
-    fn assemble(&self, sources: &[KernelSource], architecture: &str) -> Result<Vec<Vec<u8>>, PassError> {
+    fn assemble(&self, sources: &[KernelSource], architecture: Cuda) -> Result<Vec<Vec<u8>>, PassError> {
+        let architecture = &architecture.to_string();
         let failed = |why: String| PassError::Assemble { why };
         let nvrtc = Nvrtc::load().map_err(|error| failed(error.to_string()))?;
         let cache = folder().map(|folder| Cache { folder, version: nvrtc.version().to_owned() });

@@ -11,7 +11,6 @@ use onnx::source_files::{FileIndex, WeightFiles};
 use onnx::{Bindings, OnnxError, Status, SupportReport};
 use passes::compile::{Outcome, Warning};
 use passes::error::PassError;
-use passes::lower;
 use planfile::fingerprint::{self, Fingerprint};
 use planfile::plan::{Manifest, Plan};
 use planfile::text::count;
@@ -111,7 +110,7 @@ impl Request {
         let files = WeightFiles::open(&model.files)?;
         let bindings = self.bind(&model)?;
         let mut report = onnx::support(&model, &bindings, &files)?;
-        if report.status() == Status::Supported && self.target.device.architecture != lower::CPU {
+        if report.status() == Status::Supported && !self.target.device.architecture.is_host() {
             let module = onnx::import(&model, &bindings, &files)?;
             let missing = passes::compile::without_kernels(module, &self.settings(&Weights { files }))?;
             report.refuse(&model, &missing);

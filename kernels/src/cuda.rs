@@ -4,7 +4,7 @@
 //! with the bodies of its kernels in `kernels/cuda`; libraries are called for large products and convolutions.
 
 use planfile::plan::{Call, Library};
-use planfile::{LaunchRule, Op, Spec};
+use planfile::{Cuda, LaunchRule, Op, Spec, Target};
 
 mod attention;
 mod block;
@@ -13,7 +13,6 @@ mod curve;
 mod epilogue;
 mod generated;
 mod limit;
-mod machine;
 mod norm;
 mod product;
 mod recurrence;
@@ -28,13 +27,23 @@ mod view;
 pub use attention::FEW_QUERIES;
 pub use convolution::{channels_first, channels_last};
 
-/// What is compiled for, and how.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Options {
-    /// Such as `sm_90a`.
-    pub architecture: String,
+/// Blocks of a cluster that every device with clusters can run.
+const CLUSTER_MAX: u64 = 8;
+
+/// What kernels are chosen and made for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CudaTarget {
+    pub architecture: Cuda,
     /// Whether products of `f32` may round their operands to TF32.
     pub allow_tf32: bool,
+}
+
+impl CudaTarget {
+    /// The GPUs of a machine; none where the host is what executes plans.
+    pub fn of(target: &Target, allow_tf32: bool) -> Option<Self> {
+        let architecture = target.device.architecture.cuda()?;
+        Some(Self { architecture, allow_tf32 })
+    }
 }
 
 /// What executes a specification.
@@ -75,7 +84,7 @@ const FAULT: &str = "u32* __restrict__ fault";
 /// A way to execute some specifications.
 struct Family {
     name: &'static str,
-    select: fn(&Spec, &Options) -> Option<Selected>,
+    select: fn(&Spec, &CudaTarget) -> Option<Selected>,
 }
 
 /// The family that takes almost everything, an element at a time.
@@ -83,30 +92,30 @@ const GENERATED: &str = "generated";
 
 /// In order of preference.
 const FAMILIES: &[Family] = &[
-    Family { name: "attention", select: |spec, options| attention::select(spec, options).map(Selected::Launch) },
+    Family { name: "attention", select: |spec, target| attention::select(spec, target).map(Selected::Launch) },
     Family { name: "product", select: product::select },
     Family { name: "convolution", select: convolution::select },
-    Family { name: "recurrence", select: |spec, options| recurrence::select(spec, options).map(Selected::Launch) },
-    Family { name: "softmax", select: |spec, options| softmax::select(spec, options).map(Selected::Launch) },
-    Family { name: "norm", select: |spec, options| norm::select(spec, options).map(Selected::Launch) },
-    Family { name: "reduce", select: |spec, options| reduce::select(spec, options).map(Selected::Launch) },
-    Family { name: "transpose", select: |spec, options| transpose::select(spec, options).map(Selected::Launch) },
-    Family { name: "scatter", select: |spec, options| scatter::select(spec, options).map(Selected::Launch) },
-    Family { name: "scan", select: |spec, options| scan::select(spec, options).map(Selected::Launch) },
-    Family { name: "top_k", select: |spec, options| top_k::select(spec, options).map(Selected::Launch) },
-    Family { name: GENERATED, select: |spec, options| generated::select(spec, options).map(Selected::Launch) },
+    Family { name: "recurrence", select: |spec, target| recurrence::select(spec, target).map(Selected::Launch) },
+    Family { name: "softmax", select: |spec, target| softmax::select(spec, target).map(Selected::Launch) },
+    Family { name: "norm", select: |spec, target| norm::select(spec, target).map(Selected::Launch) },
+    Family { name: "reduce", select: |spec, target| reduce::select(spec, target).map(Selected::Launch) },
+    Family { name: "transpose", select: |spec, target| transpose::select(spec, target).map(Selected::Launch) },
+    Family { name: "scatter", select: |spec, target| scatter::select(spec, target).map(Selected::Launch) },
+    Family { name: "scan", select: |spec, target| scan::select(spec, target).map(Selected::Launch) },
+    Family { name: "top_k", select: |spec, target| top_k::select(spec, target).map(Selected::Launch) },
+    Family { name: GENERATED, select: |spec, target| generated::select(spec, target).map(Selected::Launch) },
 ];
 
 /// What executes the specification, with the family's name.
 ///
 /// # Errors
 /// The primitives of a specification that no family takes.
-pub fn select(spec: &Spec, options: &Options) -> Result<(&'static str, Selected), String> {
-    let found = FAMILIES.iter().find_map(|family| Some((family.name, (family.select)(spec, options)?)));
+pub fn select(spec: &Spec, target: &CudaTarget) -> Result<(&'static str, Selected), String> {
+    let found = FAMILIES.iter().find_map(|family| Some((family.name, (family.select)(spec, target)?)));
     found.ok_or_else(|| {
         let names: Vec<&str> = spec.nodes.iter().map(|node| node.op.name()).collect();
         let types: Vec<String> = spec.inputs.iter().map(ToString::to_string).collect();
-        let takes = |spec: &Spec| FAMILIES.iter().any(|family| (family.select)(spec, options).is_some());
+        let takes = |spec: &Spec| FAMILIES.iter().any(|family| (family.select)(spec, target).is_some());
         let size = limit::too_large(spec, &takes).map_or_else(String::new, |why| format!(": {why}"));
         format!("no kernel computes {} of {}{size}", names.join(", "), types.join(", "))
     })
@@ -114,15 +123,15 @@ pub fn select(spec: &Spec, options: &Options) -> Result<(&'static str, Selected)
 
 /// Whether one kernel takes the whole specification and is the better for it: a family made for it, or a generated
 /// kernel that computes nothing twice.
-pub fn takes_along(spec: &Spec, options: &Options) -> bool {
-    let made_for_it = |family: &Family| family.name != GENERATED && (family.select)(spec, options).is_some();
-    FAMILIES.iter().any(made_for_it) || generated::accepts_fusion(spec) || pools_transposed(spec, options)
+pub fn takes_along(spec: &Spec, target: &CudaTarget) -> bool {
+    let made_for_it = |family: &Family| family.name != GENERATED && (family.select)(spec, target).is_some();
+    FAMILIES.iter().any(made_for_it) || generated::accepts_fusion(spec) || pools_transposed(spec, target)
 }
 
 /// Whether this is a pool between transpositions: each element of it is computed once, wherever it is stored.
-fn pools_transposed(spec: &Spec, options: &Options) -> bool {
+fn pools_transposed(spec: &Spec, target: &CudaTarget) -> bool {
     let count = |is: fn(&Op) -> bool| spec.nodes.iter().filter(|node| is(&node.op)).count();
     let pools = count(|op| matches!(op, Op::Pool { indices: None, .. }));
     let transposes = count(|op| matches!(op, Op::Transpose { .. }));
-    pools == 1 && pools + transposes == spec.nodes.len() && generated::select(spec, options).is_some()
+    pools == 1 && pools + transposes == spec.nodes.len() && generated::select(spec, target).is_some()
 }

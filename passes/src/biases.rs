@@ -11,11 +11,10 @@
 use std::collections::HashMap;
 
 use ir::{Module, Node, Old, ValueDef, Weight, WeightId};
-use kernels::cuda::{self, Options};
+use kernels::cuda::{self, CudaTarget};
 use planfile::{DType, Dim, Expr, ExprOp, Op, Spec, SpecNode, TensorType};
 
 use crate::error::PassError;
-use crate::lower;
 use crate::precision::cast::convert;
 use crate::settings::Settings;
 
@@ -24,16 +23,12 @@ use crate::settings::Settings;
 /// # Errors
 /// [`PassError::Ir`] if a type does not follow.
 pub fn run(mut module: Module, settings: &Settings<'_>) -> Result<Module, PassError> {
-    let architecture = &settings.target.device.architecture;
-    if architecture == lower::CPU {
-        return Ok(module);
-    }
-    let options = Options { architecture: architecture.clone(), allow_tf32: settings.options.allow_tf32 };
+    let Some(target) = settings.cuda() else { return Ok(module) };
     let mut rounded: HashMap<(WeightId, DType), WeightId> = HashMap::new();
     let Module { graphs, weights, .. } = &mut module;
     for graph in graphs.iter_mut() {
         *graph = graph.rewrite(|edit, node| {
-            let Some(Bias { operand, weight, op, ty }) = bias(edit.old(), node, &options) else {
+            let Some(Bias { operand, weight, op, ty }) = bias(edit.old(), node, &target) else {
                 return edit.keep(node);
             };
             let new = match rounded.get(&(weight, ty.dtype)) {
@@ -64,7 +59,7 @@ struct Bias {
     op: Op,
 }
 
-fn bias(graph: Old<'_>, node: &Node, options: &Options) -> Option<Bias> {
+fn bias(graph: Old<'_>, node: &Node, target: &CudaTarget) -> Option<Bias> {
     let Op::Pointwise { expr, dims } = &node.op else { return None };
     let dtype = graph.ty(*node.results.first()?).dtype;
     if !matches!(dtype, DType::F16 | DType::BF16) {
@@ -102,7 +97,7 @@ fn bias(graph: Old<'_>, node: &Node, options: &Options) -> Option<Bias> {
     let nodes = vec![product, SpecNode { op: op.clone(), operands }];
     let spec = Spec { inputs, nodes, results: vec![made + 1] };
     spec.types().ok()?;
-    cuda::takes_along(&spec, options).then_some(Bias { operand, weight, ty, op })
+    cuda::takes_along(&spec, target).then_some(Bias { operand, weight, ty, op })
 }
 
 /// The weight, an `f32`, rounded to a half type.

@@ -8,7 +8,6 @@ use planfile::text::{Duration, count};
 use crate::error::{NoKernel, PassError};
 use crate::lower::Assembler;
 use crate::pipeline::{self, PIPELINE, advance};
-use crate::regions::Devices;
 use crate::schedule::Scheduled;
 use crate::settings::{MeshChoice, Settings};
 use crate::shard::{self, IdleAxis};
@@ -120,14 +119,7 @@ fn scheduled(
     if stopped {
         return Ok(None);
     }
-    let architecture = &settings.target.device.architecture;
-    let devices = if architecture == lower::CPU {
-        Devices::Host
-    } else {
-        let allow_tf32 = settings.options.allow_tf32;
-        Devices::Cuda(kernels::cuda::Options { architecture: architecture.clone(), allow_tf32 })
-    };
-    Ok(Some((schedule::run(module, &devices)?, explanations, warnings)))
+    Ok(Some((schedule::run(module, settings.cuda().as_ref())?, explanations, warnings)))
 }
 
 /// What there is to say about a module that was placed on several devices. `logical`: before that.

@@ -65,7 +65,7 @@ const WAITS_OF_FEW_QUERIES: f64 = 6.0;
 /// How often all of the device waits for itself, the launch included: each step of a recurrence needs the one before.
 fn waits(op: &Op, operands: &[&TensorType], target: &Target) -> f64 {
     let Some(first) = operands.first() else { return 1.0 };
-    let is_gpu = target.device.architecture != crate::lower::CPU;
+    let is_gpu = !target.device.architecture.is_host();
     match op {
         Op::Recurrence { .. } => 1.0 + first.size(0) as f64,
         Op::Attention { .. } if is_gpu && first.size(2) <= kernels::cuda::FEW_QUERIES => WAITS_OF_FEW_QUERIES,

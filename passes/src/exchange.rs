@@ -12,7 +12,6 @@ use ir::{Edit, Graph, IrError, Module, Node, ValueId};
 use planfile::{Dim, Op};
 
 use crate::error::PassError;
-use crate::lower;
 use crate::settings::Settings;
 
 /// Rewrites the exchanges of every graph, for CUDA devices.
@@ -20,7 +19,7 @@ use crate::settings::Settings;
 /// # Errors
 /// [`PassError::Ir`] if a type does not follow.
 pub fn run(module: Module, settings: &Settings<'_>) -> Result<Module, PassError> {
-    if settings.target.device.architecture == lower::CPU {
+    if settings.target.device.architecture.is_host() {
         return Ok(module);
     }
     Ok(module.rewrite(contiguous)?)

@@ -20,7 +20,6 @@ use planfile::op::Window;
 use planfile::{DType, Dim, ExprOp, Op, TensorType};
 
 use crate::error::PassError;
-use crate::lower;
 use crate::settings::Settings;
 
 /// Lays out the images of every graph, for a CUDA device.
@@ -28,7 +27,7 @@ use crate::settings::Settings;
 /// # Errors
 /// [`PassError::Ir`] if a type does not follow.
 pub fn run(mut module: Module, settings: &Settings<'_>) -> Result<Module, PassError> {
-    if settings.target.device.architecture == lower::CPU {
+    if settings.target.device.architecture.is_host() {
         return Ok(module);
     }
     let Module { graphs, weights, .. } = &mut module;

@@ -11,7 +11,7 @@ use planfile::plan::{
     Manifest, Place, PlacedWeight, Plan, PlanAxis, PlanEntry, PlanPiece, PlanPort, PlanState, PlanWeight, Program,
     SplitDim, Step, TargetRef, predicted_ns,
 };
-use planfile::{DType, Spec, Target, TensorType};
+use planfile::{Cuda, DType, Spec, Target, TensorType};
 
 use crate::cost;
 use crate::error::PassError;
@@ -83,7 +83,7 @@ pub fn run(scheduled: &Scheduled, target: &Target, assembler: &dyn Assembler) ->
         fingerprint: Fingerprint::default(),
         mesh: module.mesh.axes.iter().map(axis).collect(),
         ranks,
-        target: TargetRef { name: target.name.clone(), architecture: target.device.architecture.clone() },
+        target: TargetRef { name: target.name.clone(), architecture: target.device.architecture.to_string() },
         entries,
         weights,
         placed,
@@ -93,13 +93,16 @@ pub fn run(scheduled: &Scheduled, target: &Target, assembler: &dyn Assembler) ->
         links,
     };
     let explanations = Explanations { names: lowering.names, ..Explanations::default() };
-    let architecture = &target.device.architecture;
+    let architecture = target.device.architecture;
     let labelled: Vec<KernelSource> = lowering.sources.iter().map(Labelled::source).collect();
-    let cubins = if labelled.is_empty() { Vec::new() } else { assembler.assemble(&labelled, architecture)? };
+    let cubins = match architecture.cuda() {
+        Some(cuda) if !labelled.is_empty() => assembler.assemble(&labelled, cuda)?,
+        _ => Vec::new(),
+    };
     if cubins.len() != labelled.len() {
         return Err(PassError::invalid("lower", format!("{} cubins of {}", cubins.len(), labelled.len())));
     }
-    let code = cubins.into_iter().map(|cubin| Code { architecture: architecture.clone(), cubin }).collect();
+    let code = cubins.into_iter().map(|cubin| Code { architecture: architecture.to_string(), cubin }).collect();
     Ok(Plan { manifest, programs, kernels: lowering.kernels, code, explanations })
 }
 
@@ -125,11 +128,11 @@ impl Labelled {
 
 /// Makes machine code of CUDA C++: passes do no I/O, and a compiler is a library to be found and loaded.
 pub trait Assembler {
-    /// Machine code of each source, in their order, for an architecture such as `sm_90a`.
+    /// Machine code of each source, in their order.
     ///
     /// # Errors
     /// [`PassError::Assemble`]: no compiler, or what it said.
-    fn assemble(&self, sources: &[KernelSource], architecture: &str) -> Result<Vec<Vec<u8>>, PassError>;
+    fn assemble(&self, sources: &[KernelSource], architecture: Cuda) -> Result<Vec<Vec<u8>>, PassError>;
 }
 
 /// For targets whose devices are the host: there is nothing to assemble.
@@ -137,14 +140,11 @@ pub trait Assembler {
 pub struct NoAssembler;
 
 impl Assembler for NoAssembler {
-    fn assemble(&self, sources: &[KernelSource], architecture: &str) -> Result<Vec<Vec<u8>>, PassError> {
+    fn assemble(&self, sources: &[KernelSource], architecture: Cuda) -> Result<Vec<Vec<u8>>, PassError> {
         let why = format!("{} kernels for {architecture}, and no compiler was given", sources.len());
         Err(PassError::Assemble { why })
     }
 }
-
-/// The architecture of plans whose kernels are their specifications, executed on the host.
-pub const CPU: &str = "cpu";
 
 fn states(module: &ir::Module) -> Vec<PlanState> {
     let mut offset = 0u64;
@@ -292,7 +292,7 @@ impl Lowering<'_> {
 
     /// Whether the host executes this plan.
     fn on_host(&self) -> bool {
-        self.target.device.architecture == CPU
+        self.target.device.architecture.is_host()
     }
 
     /// The kernel of that specification; `implementation` is asked once for each.
@@ -448,7 +448,7 @@ mod tests {
     struct Unrun;
 
     impl Assembler for Unrun {
-        fn assemble(&self, sources: &[KernelSource], _: &str) -> Result<Vec<Vec<u8>>, PassError> {
+        fn assemble(&self, sources: &[KernelSource], _: Cuda) -> Result<Vec<Vec<u8>>, PassError> {
             Ok(sources.iter().map(|_| vec![1]).collect())
         }
     }

@@ -13,7 +13,6 @@ use ir::{Edit, IrError, Module, Node, Old, Origin, ValueId, joined_origin};
 use planfile::{Binary, DType, Expr, ExprOp, Op, Real, Unary};
 
 use crate::error::PassError;
-use crate::lower;
 use crate::settings::Settings;
 
 /// Rewrites every graph, for CUDA devices.
@@ -21,7 +20,7 @@ use crate::settings::Settings;
 /// # Errors
 /// [`PassError::Ir`] if a type does not follow.
 pub fn run(module: Module, settings: &Settings<'_>) -> Result<Module, PassError> {
-    if settings.target.device.architecture == lower::CPU {
+    if settings.target.device.architecture.is_host() {
         return Ok(module);
     }
     Ok(module.rewrite(recognised)?)

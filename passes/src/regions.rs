@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use ir::{Graph, Node, NodeId, ValueDef, ValueId};
-use kernels::cuda::{self, Options, Selected};
+use kernels::cuda::{self, CudaTarget, Selected};
 use planfile::{Op, Spec, SpecNode, TensorType};
 
 use crate::error::{NoKernel, PassError};
@@ -25,13 +25,6 @@ pub struct Region {
     pub selected: Option<Selected>,
 }
 
-/// How regions are formed.
-#[derive(Clone, Debug)]
-pub enum Devices {
-    Host,
-    Cuda(Options),
-}
-
 /// Inputs of a region that grows: no kernel that takes others along reads more, and each would be tried.
 const MAX_INPUTS: usize = 256;
 
@@ -40,22 +33,19 @@ pub fn is_view(node: &Node) -> bool {
     matches!(node.op, Op::Reshape { .. })
 }
 
-/// The region that ends with each node; none where another takes the node along, or where it is only a view.
+/// The region that ends with each node, for these GPUs or for the host; none where another takes the node along, or where it is only a view.
 ///
 /// # Errors
 /// [`PassError::NoKernels`] for regions that no kernel takes, [`PassError::Invalid`] where types do not fit.
-pub fn regions(graph: &Graph, devices: &Devices) -> Result<Vec<Option<Region>>, PassError> {
+pub fn regions(graph: &Graph, cuda: Option<&CudaTarget>) -> Result<Vec<Option<Region>>, PassError> {
     let invalid = |why| PassError::invalid("regions", why);
-    let options = match devices {
-        Devices::Host => return layouts(graph).map_err(invalid),
-        Devices::Cuda(options) => options,
-    };
-    let mut regions = grown(graph, options).map_err(invalid)?;
+    let Some(target) = cuda else { return layouts(graph).map_err(invalid) };
+    let mut regions = grown(graph, target).map_err(invalid)?;
     let mut missing = Vec::new();
     for (node, region) in graph.nodes.iter().zip(&mut regions) {
         let Some(region) = region else { continue };
         let Some(spec) = &region.spec else { continue };
-        match cuda::select(spec, options) {
+        match cuda::select(spec, target) {
             Ok((_, selected)) => region.selected = Some(selected),
             Err(why) => missing.push(NoKernel {
                 origin: node.origin.iter().map(ToString::to_string).collect(),
@@ -192,7 +182,7 @@ fn absorbed(graph: &Graph) -> Vec<bool> {
 
 /// Transpositions around a window, which make sense together only: by the node that they end with. See
 /// [`crate::layout`].
-fn sandwiches(graph: &Graph, readers: &[Vec<usize>], options: &Options) -> Result<BTreeMap<usize, Region>, String> {
+fn sandwiches(graph: &Graph, readers: &[Vec<usize>], target: &CudaTarget) -> Result<BTreeMap<usize, Region>, String> {
     let mut found = BTreeMap::new();
     let mut claimed: BTreeSet<usize> = BTreeSet::new();
     let transposes = |index: usize| matches!(graph.nodes.get(index), Some(Node { op: Op::Transpose { .. }, .. }));
@@ -213,7 +203,7 @@ fn sandwiches(graph: &Graph, readers: &[Vec<usize>], options: &Options) -> Resul
             continue;
         }
         let region = region(graph, &nodes)?;
-        if region.spec.as_ref().is_some_and(|spec| cuda::takes_along(spec, options)) {
+        if region.spec.as_ref().is_some_and(|spec| cuda::takes_along(spec, target)) {
             claimed.extend(nodes);
             found.insert(after, region);
         }
@@ -222,9 +212,9 @@ fn sandwiches(graph: &Graph, readers: &[Vec<usize>], options: &Options) -> Resul
 }
 
 /// Regions for a CUDA device: each node takes along as much of what is before it as one kernel takes.
-fn grown(graph: &Graph, options: &Options) -> Result<Vec<Option<Region>>, String> {
+fn grown(graph: &Graph, target: &CudaTarget) -> Result<Vec<Option<Region>>, String> {
     let readers = readers(graph);
-    let mut sandwiches = sandwiches(graph, &readers, options)?;
+    let mut sandwiches = sandwiches(graph, &readers, target)?;
     let inner: BTreeSet<usize> = sandwiches
         .iter()
         .flat_map(|(&last, region)| region.nodes.iter().map(|id| id.index()).filter(move |&index| index != last))
@@ -257,7 +247,7 @@ fn grown(graph: &Graph, options: &Options) -> Result<Vec<Option<Region>>, String
             if let Some(taken) = behind(graph, &readers, &regions, &own, input) {
                 let nodes = own.nodes.iter().map(|id| id.index()).chain(taken).collect();
                 let candidate = region(graph, &nodes)?;
-                if candidate.spec.as_ref().is_some_and(|spec| cuda::takes_along(spec, options)) {
+                if candidate.spec.as_ref().is_some_and(|spec| cuda::takes_along(spec, target)) {
                     merged = Some(candidate);
                 }
             }
@@ -363,8 +353,8 @@ mod tests {
     /// Positions of the nodes of each region, with the number of inputs.
     fn on_cuda(text: &str) -> Vec<(Vec<usize>, usize)> {
         let module = ir::text::parse_lines(text).unwrap();
-        let options = Options { architecture: "sm_90a".to_owned(), allow_tf32: false };
-        let regions = regions(&module.graphs[0], &Devices::Cuda(options)).unwrap();
+        let target = CudaTarget { architecture: "sm_90a".parse().unwrap(), allow_tf32: false };
+        let regions = regions(&module.graphs[0], Some(&target)).unwrap();
         let shape = |region: Region| (region.nodes.iter().map(|id| id.index()).collect(), region.inputs.len());
         regions.into_iter().flatten().map(shape).collect()
     }
@@ -380,8 +370,8 @@ mod tests {
         }
         let text = format!("{inputs} %y = concat {} {{axis 0}}\n return %y", names.join(", "));
         let module = ir::text::parse_lines(&text).unwrap();
-        let options = Options { architecture: "sm_90a".to_owned(), allow_tf32: false };
-        let grown = grown(&module.graphs[0], &options).unwrap();
+        let target = CudaTarget { architecture: "sm_90a".parse().unwrap(), allow_tf32: false };
+        let grown = grown(&module.graphs[0], &target).unwrap();
         assert_eq!(grown[0].as_ref().map(|region| region.inputs.len()), Some(OPERANDS));
     }
 
@@ -416,8 +406,8 @@ mod tests {
              %b: f32[3], %j: i64[3] = top_k %x {k 3, axis 0}
              return %a, %b";
         let module = ir::text::parse_lines(text).unwrap();
-        let options = Options { architecture: "sm_90a".to_owned(), allow_tf32: false };
-        let error = regions(&module.graphs[0], &Devices::Cuda(options)).unwrap_err();
+        let target = CudaTarget { architecture: "sm_90a".parse().unwrap(), allow_tf32: false };
+        let error = regions(&module.graphs[0], Some(&target)).unwrap_err();
         let PassError::NoKernels(missing) = &error else { panic!("{error}") };
         assert_eq!(missing.iter().map(|node| node.op.as_str()).collect::<Vec<_>>(), ["top_k", "top_k"]);
         assert!(error.to_string().contains("its 4294967296 elements to choose from are more than the "), "{error}");

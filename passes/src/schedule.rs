@@ -6,10 +6,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use ir::{Graph, Module, ValueDef, ValueId};
-use kernels::cuda::Selected;
+use kernels::cuda::{CudaTarget, Selected};
 
 use crate::error::PassError;
-use crate::regions::{Devices, Region, is_view, regions};
+use crate::regions::{Region, is_view, regions};
 
 /// A sharded module whose graphs have memory.
 #[derive(Clone, Debug)]
@@ -38,15 +38,15 @@ pub struct Schedule {
 /// Offsets are multiples of this, which suits every vector load and bulk copy.
 pub const ALIGN: u64 = 256;
 
-/// Gives every graph of the module memory.
+/// Gives every graph of the module memory. `cuda`: the GPUs that it is for, none for the host.
 ///
 /// # Errors
 /// [`PassError::Unsupported`] where an arena would exceed 2⁶³ bytes; what [`regions`] reports.
-pub fn run(module: Module, devices: &Devices) -> Result<Scheduled, PassError> {
+pub fn run(module: Module, cuda: Option<&CudaTarget>) -> Result<Scheduled, PassError> {
     let mut schedules = Vec::with_capacity(module.graphs.len());
     let mut missing = Vec::new();
     for graph in &module.graphs {
-        let regions = match regions(graph, devices) {
+        let regions = match regions(graph, cuda) {
             Ok(regions) => regions,
             Err(PassError::NoKernels(more)) => {
                 missing.extend(more);

@@ -14,7 +14,6 @@ use ir::{Edit, Graph, IrError, Module, Node, Placement, Shard, ValueDef, ValueId
 use planfile::{Buffer, DType, Op, Recipe, RecipeInput, Source, SpecNode, TensorType};
 
 use crate::error::PassError;
-use crate::lower;
 use crate::settings::Settings;
 
 const NAME: &str = "select";
@@ -24,7 +23,7 @@ const NAME: &str = "select";
 /// # Errors
 /// [`PassError::Invalid`] if a weight's panels do not have the type they should.
 pub fn run(mut module: Module, settings: &Settings<'_>) -> Result<Module, PassError> {
-    if settings.target.device.architecture != lower::CPU {
+    if !settings.target.device.architecture.is_host() {
         return Ok(module);
     }
     let wanted = wanted(&module);
@@ -137,7 +136,7 @@ mod tests {
 
     use super::*;
     use crate::harness::{CPU, Case, H200, Machine, parse};
-    use crate::regions::{Devices, regions};
+    use crate::regions::regions;
 
     fn selected(text: &str, target: &str) -> Module {
         Case::new(run, target).within(1e-5).run(text)
@@ -156,7 +155,7 @@ mod tests {
 
     /// The number of nodes of each step on the host.
     fn steps(module: &Module) -> Vec<usize> {
-        let regions = regions(&module.graphs[0], &Devices::Host).unwrap();
+        let regions = regions(&module.graphs[0], None).unwrap();
         regions.into_iter().flatten().map(|region| region.nodes.len()).collect()
     }
 

@@ -4,6 +4,7 @@
 
 use cpu::recipe::WeightBytes;
 use ir::Mesh;
+use kernels::cuda::CudaTarget;
 use planfile::{DType, Target};
 
 /// What passes know beside the module.
@@ -15,6 +16,13 @@ pub struct Settings<'a> {
     pub shard: ShardOptions,
     /// The machine that is compiled for.
     pub target: &'a Target,
+}
+
+impl Settings<'_> {
+    /// What kernels are made for, where the machine's devices are GPUs.
+    pub fn cuda(&self) -> Option<CudaTarget> {
+        CudaTarget::of(self.target, self.options.allow_tf32)
+    }
 }
 
 /// What the command line says about the pipeline itself.

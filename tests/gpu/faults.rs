@@ -11,7 +11,7 @@ use passes::lower::{Assembler, KernelSource};
 use passes::settings::{MeshChoice, Options, Settings, ShardOptions};
 use passes::shard::parse_mesh;
 use planfile::plan::Plan;
-use planfile::{DType, Target, Tensor, write_plan};
+use planfile::{Cuda, DType, Target, Tensor, write_plan};
 use runtime::cuda::nvrtc::Nvrtc;
 use runtime::{Context, Devices, RuntimeError, Session, StepError, image};
 
@@ -24,7 +24,8 @@ type Outcome = Result<Vec<(String, Tensor)>, RuntimeError>;
 struct Anew;
 
 impl Assembler for Anew {
-    fn assemble(&self, sources: &[KernelSource], architecture: &str) -> Result<Vec<Vec<u8>>, PassError> {
+    fn assemble(&self, sources: &[KernelSource], architecture: Cuda) -> Result<Vec<Vec<u8>>, PassError> {
+        let architecture = &architecture.to_string();
         let list: Vec<(&str, &str)> =
             sources.iter().map(|source| (source.symbol.as_str(), source.source.as_str())).collect();
         let made = Nvrtc::load().and_then(|nvrtc| nvrtc.compile(&list, architecture));

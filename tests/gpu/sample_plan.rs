@@ -1,6 +1,6 @@
 //! The samples of all kernels as one plan.
 
-use kernels::cuda::{Launch, Options, Selected, select};
+use kernels::cuda::{CudaTarget, Launch, Selected, select};
 use planfile::fingerprint::Fingerprint;
 use planfile::plan::{
     Action, Argument, Binding, Code, Explanations, Implementation, Kernel, Manifest, Place, Plan, PlanEntry, PlanPort,
@@ -30,8 +30,8 @@ pub(crate) fn plan(
     allow_tf32: bool,
     compile: impl FnOnce(&[(&str, &str)]) -> Vec<Vec<u8>>,
 ) -> Plan {
-    let options = Options { architecture: architecture.to_owned(), allow_tf32 };
-    let selected: Vec<Selected> = samples.iter().map(|(_, spec)| select(spec, &options).unwrap().1).collect();
+    let target = CudaTarget { architecture: architecture.parse().unwrap(), allow_tf32 };
+    let selected: Vec<Selected> = samples.iter().map(|(_, spec)| select(spec, &target).unwrap().1).collect();
     let launches = samples.iter().zip(&selected).filter_map(|((_, spec), selected)| match selected {
         Selected::Launch(launch) => Some((spec, launch)),
         Selected::Library { .. } => None,

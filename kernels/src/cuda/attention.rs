@@ -19,7 +19,7 @@ use planfile::{DType, Op, Spec, TensorType};
 
 use super::block::{Shape, Unit, is_static, launch_for, sizes_of, tiles};
 use super::view::{Axis, View, producer, reshaped, view};
-use super::{Launch, Options};
+use super::{CudaTarget, Launch};
 
 mod split;
 
@@ -58,7 +58,7 @@ struct Matched<'a> {
     types: Vec<&'a TensorType>,
 }
 
-pub(super) fn select(spec: &Spec, options: &Options) -> Option<Launch> {
+pub(super) fn select(spec: &Spec, target: &CudaTarget) -> Option<Launch> {
     let types = spec.types().ok()?;
     let matched = Matched::of(spec, &types)?;
     let counts = [matched.queries, matched.keys, matched.features, matched.values];
@@ -70,7 +70,7 @@ pub(super) fn select(spec: &Spec, options: &Options) -> Option<Launch> {
         matched.declare(&mut unit);
         unit
     };
-    if let Some(launch) = matched.split(spec, declared(), &options.architecture) {
+    if let Some(launch) = matched.split(spec, declared(), target.architecture) {
         return Some(launch);
     }
     let unit = declared();
@@ -282,8 +282,8 @@ mod tests {
     use super::*;
     use crate::samples::samples;
 
-    fn options() -> Options {
-        Options { architecture: "sm_90a".to_owned(), allow_tf32: false }
+    fn target() -> CudaTarget {
+        CudaTarget { architecture: "sm_90a".parse().unwrap(), allow_tf32: false }
     }
 
     fn attentions() -> Vec<(String, Spec)> {
@@ -294,9 +294,9 @@ mod tests {
     #[test]
     fn takes_all_attentions_and_fits_in_shared_memory() {
         for (architecture, most) in [("sm_80", 163 << 10), ("sm_86", 99 << 10), ("sm_90a", 227 << 10)] {
-            let options = Options { architecture: architecture.to_owned(), ..options() };
+            let target = CudaTarget { architecture: architecture.parse().unwrap(), ..target() };
             for (name, spec) in attentions() {
-                let rule = select(&spec, &options).unwrap_or_else(|| panic!("{name} is refused")).rule;
+                let rule = select(&spec, &target).unwrap_or_else(|| panic!("{name} is refused")).rule;
                 assert!(rule.shared_bytes <= most, "{name} on {architecture}: {} bytes", rule.shared_bytes);
             }
         }
@@ -318,7 +318,7 @@ mod tests {
         let result = spec.results[0];
         spec.nodes.push(planfile::SpecNode { op: Op::Softmax { axis: 3, log: false }, operands: vec![result] });
         spec.results = vec![result + 1];
-        assert!(select(&spec, &options()).is_none());
+        assert!(select(&spec, &target()).is_none());
     }
 
     #[test]

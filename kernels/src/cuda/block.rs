@@ -350,7 +350,7 @@ pub(super) fn widest(bytes: usize, lengths: &[u64]) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Options, Selected, select};
+    use super::super::{CudaTarget, Selected, select};
     use super::*;
 
     #[test]
@@ -408,13 +408,13 @@ mod tests {
 
     #[test]
     fn every_sample_has_a_launch_that_devices_accept() {
-        let options = Options { architecture: "sm_80".to_owned(), allow_tf32: false };
+        let target = CudaTarget { architecture: "sm_80".parse().unwrap(), allow_tf32: false };
         for (name, spec) in crate::samples::samples() {
             let Some(family) = spec.nodes.iter().find_map(|node| family(&node.op).filter(|_| spec.nodes.len() == 1))
             else {
                 continue;
             };
-            let (found, selected) = select(&spec, &options).unwrap_or_else(|why| panic!("{name}: {why}"));
+            let (found, selected) = select(&spec, &target).unwrap_or_else(|why| panic!("{name}: {why}"));
             let Selected::Launch(launch) = selected else { panic!("{name}: a library") };
             assert_eq!(found, family, "{name}");
             let shape = launch.rule.shape(&spec).unwrap();

@@ -15,13 +15,13 @@ use planfile::{DType, Op, Spec};
 
 use super::epilogue::{Epilogue, epilogue};
 use super::view::producer;
-use super::{Options, Selected};
+use super::{CudaTarget, Selected};
 
 /// What the library may use beside operands and result.
 const WORKSPACE_BYTES: u64 = 64 << 20;
 
 /// A convolution, alone or with transpositions around it and an epilogue after it.
-pub(super) fn select(spec: &Spec, options: &Options) -> Option<Selected> {
+pub(super) fn select(spec: &Spec, target: &CudaTarget) -> Option<Selected> {
     let types = spec.types().ok()?;
     let conv = spec.nodes.iter().position(|node| matches!(node.op, Op::Conv { .. }))?;
     let Op::Conv { window, groups, transposed, .. } = &spec.nodes[conv].op else { return None };
@@ -99,7 +99,7 @@ pub(super) fn select(spec: &Spec, options: &Options) -> Option<Selected> {
         dilations: shape.dilations,
         groups: *groups,
         transposed: *transposed,
-        allow_tf32: options.allow_tf32,
+        allow_tf32: target.allow_tf32,
     });
     call.check(&spec.inputs, std::slice::from_ref(&types[result as usize])).ok()?;
     Some(Selected::Library { library: Library::Cudnn, call, workspace_bytes: WORKSPACE_BYTES })
@@ -158,7 +158,7 @@ mod tests {
         let results = vec![(inputs.len() + nodes.len() - 1) as u32];
         let spec = Spec { inputs, nodes, results };
         spec.types().unwrap();
-        match select(&spec, &Options { architecture: "sm_90a".to_owned(), allow_tf32: false })? {
+        match select(&spec, &CudaTarget { architecture: "sm_90a".parse().unwrap(), allow_tf32: false })? {
             Selected::Library { call: Call::Convolution(call), .. } => Some(call),
             other => panic!("{other:?}"),
         }

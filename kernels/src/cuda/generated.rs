@@ -35,7 +35,7 @@ pub(super) use self::function::function;
 use self::kernel::{ELEMENT, Kernel, Operand};
 use self::literal::element;
 use super::block::{sizes_of, tiles};
-use super::{FAULT, Launch, Options};
+use super::{CudaTarget, FAULT, Launch};
 
 const SCALAR: &str = include_str!("../../cuda/scalar.cuh");
 const SHARED: &str = include_str!("../../cuda/generated.cuh");
@@ -56,7 +56,7 @@ const OPERANDS_MAX: usize = 32;
 const INSTRUCTIONS_MAX: usize = 256;
 
 /// Takes every specification of supported primitives with one result, or several of one shape.
-pub(super) fn select(spec: &Spec, _options: &Options) -> Option<Launch> {
+pub(super) fn select(spec: &Spec, _: &CudaTarget) -> Option<Launch> {
     let spec = &as_bits(spec);
     let plan = Plan::new(spec)?;
     let mut kernel = plan.kernel(spec)?;

@@ -65,11 +65,13 @@ mod tests {
     use planfile::op::Cell;
     use planfile::{DType, Expr, Unary};
 
-    use super::super::{Options, select};
+    use super::super::{CudaTarget, select};
     use super::*;
 
     fn why(spec: &Spec, architecture: &str) -> String {
-        select(spec, &Options { architecture: architecture.to_owned(), allow_tf32: false }).map(drop).unwrap_err()
+        select(spec, &CudaTarget { architecture: architecture.parse().unwrap(), allow_tf32: false })
+            .map(drop)
+            .unwrap_err()
     }
 
     fn gru(hidden: u64) -> Spec {
@@ -88,9 +90,9 @@ mod tests {
             let text = why(&gru(40_000), architecture);
             assert!(text.contains("its 40000 hidden units are more than the "), "{text}");
             let limit: u64 = text.rsplit_once("more than the ").unwrap().1.split(' ').next().unwrap().parse().unwrap();
-            let options = Options { architecture: architecture.to_owned(), allow_tf32: false };
-            assert!(select(&gru(limit), &options).is_ok(), "{text}");
-            assert!(select(&gru(limit + 1), &options).is_err(), "{text}");
+            let target = CudaTarget { architecture: architecture.parse().unwrap(), allow_tf32: false };
+            assert!(select(&gru(limit), &target).is_ok(), "{text}");
+            assert!(select(&gru(limit + 1), &target).is_err(), "{text}");
         }
     }
 

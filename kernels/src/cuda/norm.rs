@@ -7,11 +7,11 @@ use planfile::op::NormKind;
 use planfile::{Op, Spec, TensorType};
 
 use super::block::{Axis, Only, Row, Shape, Unit, dense};
-use super::{Launch, Options};
+use super::{CudaTarget, Launch};
 
 const BODY: &str = include_str!("../../cuda/norm.cu");
 
-pub(super) fn select(spec: &Spec, _options: &Options) -> Option<Launch> {
+pub(super) fn select(spec: &Spec, _: &CudaTarget) -> Option<Launch> {
     let only = Only::of(spec)?;
     let Op::Norm { kind, axis, epsilon, scale, bias } = *only.op else { return None };
     if let Some(nothing) = only.nothing() {

@@ -11,7 +11,7 @@ use planfile::{DType, Op, Real, Spec, SpecNode, TensorType};
 
 use super::epilogue::{Epilogue, epilogue};
 use super::view::{Axis, View, merged, producer, view};
-use super::{Options, Selected};
+use super::{CudaTarget, Selected};
 
 /// What the library may use beside operands and result.
 const WORKSPACE_BYTES: u64 = 32 << 20;
@@ -19,7 +19,7 @@ const WORKSPACE_BYTES: u64 = 32 << 20;
 const SMALL_PRODUCT: u64 = 1 << 20;
 
 /// A product, alone or with views before it and an epilogue or a transposition after it.
-pub(super) fn select(spec: &Spec, options: &Options) -> Option<Selected> {
+pub(super) fn select(spec: &Spec, target: &CudaTarget) -> Option<Selected> {
     let types = spec.types().ok()?;
     let dot = spec.nodes.iter().position(|node| matches!(node.op, Op::Dot { .. }))?;
     let node = &spec.nodes[dot];
@@ -89,7 +89,7 @@ pub(super) fn select(spec: &Spec, options: &Options) -> Option<Selected> {
         bias: how.bias,
         residual: how.residual,
         activation: how.activation,
-        allow_tf32: options.allow_tf32,
+        allow_tf32: target.allow_tf32,
     });
     call.check(&spec.inputs, std::slice::from_ref(out)).ok()?;
     let workspace_bytes = if elements < SMALL_PRODUCT { 0 } else { WORKSPACE_BYTES };
@@ -183,7 +183,7 @@ mod tests {
         let results = vec![(inputs.len() + nodes.len() - 1) as u32];
         let spec = Spec { inputs, nodes, results };
         spec.types().unwrap();
-        match select(&spec, &Options { architecture: "sm_90a".to_owned(), allow_tf32: false })? {
+        match select(&spec, &CudaTarget { architecture: "sm_90a".parse().unwrap(), allow_tf32: false })? {
             Selected::Library { call: Call::Matmul(call), .. } => Some(call),
             other => panic!("{other:?}"),
         }

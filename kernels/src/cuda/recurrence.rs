@@ -11,12 +11,11 @@
 
 use planfile::launch::Factor;
 use planfile::op::Cell;
-use planfile::{DType, Expr, Op, Spec};
+use planfile::{Cuda, DType, Expr, Op, Spec};
 
 use super::block::{Only, Shape, Unit, tiles};
 use super::generated::function;
-use super::machine::{CLUSTER_MAX, Machine};
-use super::{Launch, Options};
+use super::{CLUSTER_MAX, CudaTarget, Launch};
 
 const BODY: &str = concat!(
     include_str!("../../cuda/cluster.cuh"),
@@ -104,7 +103,7 @@ struct Division {
     shared_bytes: u64,
 }
 
-pub(super) fn select(spec: &Spec, options: &Options) -> Option<Launch> {
+pub(super) fn select(spec: &Spec, target: &CudaTarget) -> Option<Launch> {
     let only = Only::of(spec)?;
     let Op::Recurrence { cell, reverse, functions, bias, peepholes, lengths } = only.op else { return None };
     if let Some(nothing) = only.nothing() {
@@ -118,7 +117,7 @@ pub(super) fn select(spec: &Spec, options: &Options) -> Option<Launch> {
     if [steps, batch, hidden].iter().any(|&count| count >= 1 << 28) {
         return None;
     }
-    let division = Division::of(layer, Machine::of(&options.architecture))?;
+    let division = Division::of(layer, target.architecture)?;
     let all: Vec<_> = only.operands.iter().copied().chain(&only.results).collect();
     let mut unit = Unit::indexing(&all);
     declare(&mut unit, layer, &division);
@@ -221,11 +220,11 @@ fn declare_functions(unit: &mut Unit, layer: Layer, functions: &[Expr]) -> Optio
 }
 
 impl Division {
-    fn of(layer: Layer, machine: Machine) -> Option<Self> {
+    fn of(layer: Layer, architecture: Cuda) -> Option<Self> {
         let [element, ..] = layer.bytes();
         let row_bytes = layer.hidden.checked_mul(element)?;
         let slice = |blocks: u64| layer.hidden.div_ceil(blocks).saturating_mul(layer.gates()).saturating_mul(row_bytes);
-        let most = if machine.clusters { CLUSTER_MAX } else { 1 };
+        let most = if architecture.has_clusters() { CLUSTER_MAX } else { 1 };
         let own = if layer.dtype == DType::F64 { SLICE_BYTES / 2 } else { SLICE_BYTES };
         let blocks = [1, 2, 4].into_iter().find(|&blocks| blocks >= most || slice(blocks) <= own).unwrap_or(most);
         let at_once = if slice(blocks) <= 2 * own { BLOCKS_AT_ONCE } else { BLOCKS_STREAMING };
@@ -241,7 +240,7 @@ impl Division {
         let mut tile = found;
         loop {
             let samples = layer.batch.div_ceil(layer.batch.div_ceil(tile)).max(1);
-            if let Some(division) = Self::with(layer, machine, blocks, samples) {
+            if let Some(division) = Self::with(layer, architecture, blocks, samples) {
                 return Some(division);
             }
             if tile == 1 {
@@ -252,7 +251,7 @@ impl Division {
     }
 
     /// `None` where states do not fit in shared memory.
-    fn with(layer: Layer, machine: Machine, blocks: u64, samples: u64) -> Option<Self> {
+    fn with(layer: Layer, architecture: Cuda, blocks: u64, samples: u64) -> Option<Self> {
         let [element, value, state] = layer.bytes();
         let (gates, hidden, tensor_cores) = (layer.gates(), layer.hidden, layer.tensor_cores());
         let units = hidden.div_ceil(blocks);
@@ -312,7 +311,7 @@ impl Division {
         let aligned = |bytes: u64| bytes.next_multiple_of(16);
         let cells_bytes = if layer.has_cells() { aligned(samples * units * value) } else { 0 };
         let beside = cells_bytes + aligned(warps * sums * value) + aligned(4 * samples);
-        let free = machine.shared_bytes.checked_sub(weights_at.checked_add(beside)?)?;
+        let free = u64::from(architecture.shared_bytes_max()).checked_sub(weights_at.checked_add(beside)?)?;
         let room = free / (gates * units) / (span * element);
         let fits = if tensor_cores { room.saturating_sub(u64::from(room.is_multiple_of(2))) } else { room };
         let resident = fits.min(chunks - held);
@@ -348,6 +347,10 @@ impl Division {
 mod tests {
     use super::*;
 
+    fn cuda(name: &str) -> Cuda {
+        name.parse().unwrap()
+    }
+
     fn layer(cell: Cell, dtype: DType, batch: u64, hidden: u64) -> Layer {
         Layer { cell, dtype, steps: 10, batch, directions: 1, hidden }
     }
@@ -359,19 +362,19 @@ mod tests {
     fn every_unit_and_sample_has_an_owner_and_all_fits() {
         for cell in [Cell::Rnn, EARLY, Cell::Gru { resets_late: true }, LSTM] {
             for dtype in [DType::F16, DType::BF16, DType::F32, DType::F64] {
-                for architecture in ["sm_80", "sm_86", "sm_90a", "sm_100a"] {
+                for architecture in ["sm_80", "sm_86", "sm_90a", "sm_100a"].map(cuda) {
                     for hidden in [1, 5, 33, 64, 100, 256, 513, 1024, 4096] {
                         for batch in [1, 3, 17, 128] {
-                            let (layer, machine) = (layer(cell, dtype, batch, hidden), Machine::of(architecture));
-                            let division = Division::of(layer, machine).unwrap();
+                            let layer = layer(cell, dtype, batch, hidden);
+                            let division = Division::of(layer, architecture).unwrap();
                             let what = format!("{layer:?} on {architecture}: {division:?}");
-                            assert!(division.shared_bytes <= machine.shared_bytes, "{what}");
+                            assert!(division.shared_bytes <= u64::from(architecture.shared_bytes_max()), "{what}");
                             assert!(division.blocks * division.units >= hidden, "{what}");
                             assert!(division.warps * division.tiles * division.tile_units >= division.units, "{what}");
                             assert!(division.sample_tiles * division.samples >= batch, "{what}");
                             assert!((division.sample_tiles - 1) * division.samples < batch, "{what}");
                             assert!(division.held + division.resident <= division.chunks, "{what}");
-                            assert!(machine.clusters || division.blocks == 1, "{what}");
+                            assert!(architecture.has_clusters() || division.blocks == 1, "{what}");
                         }
                     }
                 }
@@ -381,7 +384,7 @@ mod tests {
 
     #[test]
     fn small_layers_need_no_cluster_and_large_ones_take_the_largest() {
-        let hopper = Machine::of("sm_90a");
+        let hopper = cuda("sm_90a");
         let division = |hidden| Division::of(layer(LSTM, DType::F16, 1, hidden), hopper).unwrap();
         let [small, large, streaming] = [64, 512, 2048].map(division);
         assert_eq!([small.blocks, large.blocks, streaming.blocks], [1, 8, 8]);
@@ -393,7 +396,7 @@ mod tests {
     #[test]
     fn samples_fill_a_device_before_they_share_a_block() {
         let samples = |dtype, batch| {
-            let division = Division::of(layer(LSTM, dtype, batch, 256), Machine::of("sm_90a")).unwrap();
+            let division = Division::of(layer(LSTM, dtype, batch, 256), cuda("sm_90a")).unwrap();
             [division.samples, division.sample_tiles]
         };
         assert_eq!(samples(DType::F32, 8), [1, 8]);
@@ -405,9 +408,9 @@ mod tests {
     #[test]
     fn very_wide_layers_have_a_kernel() {
         for (cell, dtype) in [(LSTM, DType::F32), (EARLY, DType::F32), (LSTM, DType::BF16), (EARLY, DType::F16)] {
-            let division = Division::of(layer(cell, dtype, 4, 16_384), Machine::of("sm_90a"));
+            let division = Division::of(layer(cell, dtype, 4, 16_384), cuda("sm_90a"));
             assert!(division.is_some_and(|division| division.blocks == 8), "{cell:?} {dtype}");
         }
-        assert_eq!(Division::of(layer(LSTM, DType::F64, 1, 16_384), Machine::of("sm_90a")), None);
+        assert_eq!(Division::of(layer(LSTM, DType::F64, 1, 16_384), cuda("sm_90a")), None);
     }
 }

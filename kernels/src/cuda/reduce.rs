@@ -8,14 +8,14 @@ use planfile::op::{Combine, ReduceKind};
 use planfile::{DType, Op, Spec};
 
 use super::block::{Axis, Only, Row, Shape, Unit, collapse, dense, tiles, widest};
-use super::{Launch, Options};
+use super::{CudaTarget, Launch};
 
 const BODY: &str = include_str!("../../cuda/reduce.cu");
 
 /// Threads that fill a large device.
 const MANY_THREADS: u64 = 132 * 1024;
 
-pub(super) fn select(spec: &Spec, _options: &Options) -> Option<Launch> {
+pub(super) fn select(spec: &Spec, _: &CudaTarget) -> Option<Launch> {
     let only = Only::of(spec)?;
     let Op::Reduce { kind, axes, keep: _ } = only.op else { return None };
     if let Some(nothing) = only.nothing() {
@@ -118,7 +118,7 @@ mod tests {
     fn launch(kind: ReduceKind, axes: &[u8], sizes: &[u64]) -> Option<Launch> {
         let op = Op::Reduce { kind, axes: axes.to_vec(), keep: false };
         let spec = Spec::of(op, vec![TensorType::new(DType::F32, sizes)]).unwrap();
-        select(&spec, &Options { architecture: "sm_90a".to_owned(), allow_tf32: false })
+        select(&spec, &CudaTarget { architecture: "sm_90a".parse().unwrap(), allow_tf32: false })
     }
 
     #[test]

@@ -4,7 +4,7 @@ use planfile::op::Combine;
 use planfile::{DType, Op, Spec};
 
 use super::block::{Only, Shape, Unit, around, tiles};
-use super::{Launch, Options};
+use super::{CudaTarget, Launch};
 
 const BODY: &str = include_str!("../../cuda/scan.cu");
 
@@ -13,7 +13,7 @@ const EACH: u64 = 4;
 /// Lines that keep a device busy with a thread each.
 const MANY_LINES: u64 = 16 * 1024;
 
-pub(super) fn select(spec: &Spec, _options: &Options) -> Option<Launch> {
+pub(super) fn select(spec: &Spec, _: &CudaTarget) -> Option<Launch> {
     let only = Only::of(spec)?;
     let Op::Scan { combine, axis, exclusive, reverse } = *only.op else { return None };
     if let Some(nothing) = only.nothing() {

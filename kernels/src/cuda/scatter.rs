@@ -8,7 +8,7 @@ use planfile::op::Combine;
 use planfile::{DType, Op, Spec, TensorType};
 
 use super::block::{Only, Shape, Unit, around, dense, tiles};
-use super::{Launch, Options};
+use super::{CudaTarget, Launch};
 
 const BODY: &str = include_str!("../../cuda/scatter.cu");
 
@@ -18,7 +18,7 @@ const HELD_MAX: u64 = 4096;
 /// Blocks that fill a large device twice.
 const MANY_BLOCKS: u64 = 264;
 
-pub(super) fn select(spec: &Spec, _options: &Options) -> Option<Launch> {
+pub(super) fn select(spec: &Spec, _: &CudaTarget) -> Option<Launch> {
     let only = Only::of(spec)?;
     let combine = match only.op {
         Op::ScatterElements { combine, .. } | Op::ScatterNd { combine } => *combine,

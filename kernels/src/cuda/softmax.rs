@@ -5,11 +5,11 @@
 use planfile::{Op, Spec};
 
 use super::block::{Only, Row, Shape, Unit, around, tiles};
-use super::{Launch, Options};
+use super::{CudaTarget, Launch};
 
 const BODY: &str = include_str!("../../cuda/softmax.cu");
 
-pub(super) fn select(spec: &Spec, _options: &Options) -> Option<Launch> {
+pub(super) fn select(spec: &Spec, _: &CudaTarget) -> Option<Launch> {
     let only = Only::of(spec)?;
     let Op::Softmax { axis, log } = *only.op else { return None };
     if let Some(nothing) = only.nothing() {

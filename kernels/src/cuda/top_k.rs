@@ -1,22 +1,21 @@
 //! The largest or smallest elements along an axis: short lines are sorted in shared memory; long ones are filtered by
 //! the worst winner so far, or ranked by counting where very many win.
 
-use planfile::{Op, Spec};
+use planfile::{Cuda, Op, Spec};
 
 use super::block::{Only, Shape, Unit, around, tiles};
-use super::machine::Machine;
-use super::{Launch, Options};
+use super::{CudaTarget, Launch};
 
 const BODY: &str = include_str!("../../cuda/top_k.cu");
 
 /// Entries that a block sorts, at most: 64 KiB, or 128 of 64-bit types where that much is shared.
-fn sorted_max(entry_bytes: u64, machine: Machine) -> u64 {
-    if 8192 * entry_bytes <= machine.shared_bytes { 8192 } else { 4096 }
+fn sorted_max(entry_bytes: u64, architecture: Cuda) -> u64 {
+    if 8192 * entry_bytes <= u64::from(architecture.shared_bytes_max()) { 8192 } else { 4096 }
 }
 /// Entries that the lines of a block should make together.
 const SORTED_MIN: u64 = 512;
 
-pub(super) fn select(spec: &Spec, options: &Options) -> Option<Launch> {
+pub(super) fn select(spec: &Spec, target: &CudaTarget) -> Option<Launch> {
     let only = Only::of(spec)?;
     let Op::TopK { axis, k, largest, sorted: _ } = *only.op else { return None };
     if let Some(nothing) = only.nothing() {
@@ -38,7 +37,7 @@ pub(super) fn select(spec: &Spec, options: &Options) -> Option<Launch> {
     unit.size("LENGTH", length);
     unit.size("INNER", inner);
     let entry_bytes = if x.dtype.bytes() == 8 { 16 } else { 8 };
-    let sorted_max = sorted_max(entry_bytes, Machine::of(&options.architecture));
+    let sorted_max = sorted_max(entry_bytes, target.architecture);
     if length <= sorted_max {
         let run = length.next_power_of_two().max(2);
         let lines_per_block = (SORTED_MIN / run).max(1);
@@ -81,7 +80,7 @@ mod tests {
         let launch_for = |architecture: &str, dtype, length, k| {
             let op = Op::TopK { axis: 0, k, largest: true, sorted: true };
             let spec = Spec::of(op, vec![TensorType::new(dtype, &[length])]).unwrap();
-            select(&spec, &Options { architecture: architecture.to_owned(), allow_tf32: false }).unwrap()
+            select(&spec, &CudaTarget { architecture: architecture.parse().unwrap(), allow_tf32: false }).unwrap()
         };
         let launch = |dtype, length, k| launch_for("sm_90a", dtype, length, k);
         assert_eq!(launch(DType::F32, 8192, 8000).symbol, "top_k_sort_kernel");

@@ -4,14 +4,14 @@
 use planfile::{Op, Spec};
 
 use super::block::{Axis, Only, Shape, Unit, collapse, dense, neighbours, tiles, widest};
-use super::{Launch, Options};
+use super::{CudaTarget, Launch};
 
 const BODY: &str = include_str!("../../cuda/transpose.cu");
 
 /// Narrower dimensions leave most of a tile empty.
 const TILED_MIN: u64 = 8;
 
-pub(super) fn select(spec: &Spec, _options: &Options) -> Option<Launch> {
+pub(super) fn select(spec: &Spec, _: &CudaTarget) -> Option<Launch> {
     let only = Only::of(spec)?;
     let Op::Transpose { permutation } = only.op else { return None };
     if let Some(nothing) = only.nothing() {
@@ -105,7 +105,7 @@ mod tests {
     fn launched(permutation: &[u8], dtype: DType, sizes: &[u64]) -> (Launch, i64) {
         let op = Op::Transpose { permutation: permutation.to_vec() };
         let spec = Spec::of(op, vec![TensorType::new(dtype, sizes)]).unwrap();
-        let launch = select(&spec, &Options { architecture: "sm_90a".to_owned(), allow_tf32: false }).unwrap();
+        let launch = select(&spec, &CudaTarget { architecture: "sm_90a".parse().unwrap(), allow_tf32: false }).unwrap();
         let blocks = launch.blocks(&spec);
         (launch, blocks)
     }

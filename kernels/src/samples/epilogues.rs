@@ -153,7 +153,7 @@ pub(super) fn convolutions(list: &mut List) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cuda::{Options, Selected, select};
+    use crate::cuda::{CudaTarget, Selected, select};
 
     #[test]
     fn libraries_take_what_follows_along() {
@@ -161,9 +161,9 @@ mod tests {
         products(&mut list);
         chains(&mut list);
         convolutions(&mut list);
-        let options = Options { architecture: "sm_90a".to_owned(), allow_tf32: false };
+        let target = CudaTarget { architecture: "sm_90a".parse().unwrap(), allow_tf32: false };
         for (name, spec) in &list.samples {
-            let (_, selected) = select(spec, &options).unwrap();
+            let (_, selected) = select(spec, &target).unwrap();
             let is_call = matches!(selected, Selected::Library { .. });
             assert_eq!(is_call, spec.inputs[0].dtype != F64, "{name}");
         }
@@ -179,8 +179,8 @@ mod tests {
             SpecNode { op: Op::Pointwise { expr: sum, dims: dims(reshaped) }, operands: vec![4, 2] },
         ];
         let spec = Spec { inputs: vec![ty(F32, &[4, 5]), ty(F32, &[5, 6]), ty(F32, added)], nodes, results: vec![5] };
-        let options = Options { architecture: "sm_90a".to_owned(), allow_tf32: false };
-        matches!(select(&spec, &options).unwrap().1, Selected::Library { .. })
+        let target = CudaTarget { architecture: "sm_90a".parse().unwrap(), allow_tf32: false };
+        matches!(select(&spec, &target).unwrap().1, Selected::Library { .. })
     }
 
     #[test]

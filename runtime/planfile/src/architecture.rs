@@ -3,8 +3,11 @@
 use std::fmt;
 use std::str::FromStr;
 
-/// What a plan's kernels run on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+use serde::{Deserialize, Serialize};
+
+/// What a plan's kernels run on. Files hold its name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub enum Architecture {
     /// Hosts: kernels are their specifications.
     Cpu,
@@ -70,6 +73,11 @@ impl Cuda {
 }
 
 impl Architecture {
+    /// Whether hosts execute the plan: its kernels are their specifications.
+    pub const fn is_host(self) -> bool {
+        matches!(self, Self::Cpu)
+    }
+
     /// The CUDA architecture, unless it is a host.
     pub const fn cuda(self) -> Option<Cuda> {
         match self {
@@ -99,18 +107,45 @@ impl FromStr for Architecture {
     }
 }
 
+impl FromStr for Cuda {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let cuda = text.parse::<Architecture>()?.cuda();
+        cuda.ok_or_else(|| format!("the architecture `{text}` is no GPU's: such as `sm_80`, `sm_90a`"))
+    }
+}
+
+impl TryFrom<String> for Architecture {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<Architecture> for String {
+    fn from(architecture: Architecture) -> Self {
+        architecture.to_string()
+    }
+}
+
+impl fmt::Display for Cuda {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let suffix = match self.features {
+            Features::Portable => "",
+            Features::Family => "f",
+            Features::Specific => "a",
+        };
+        write!(f, "sm_{}{suffix}", self.number)
+    }
+}
+
 impl fmt::Display for Architecture {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Cpu => f.write_str("cpu"),
-            Self::Cuda(Cuda { number, features }) => {
-                let suffix = match features {
-                    Features::Portable => "",
-                    Features::Family => "f",
-                    Features::Specific => "a",
-                };
-                write!(f, "sm_{number}{suffix}")
-            }
+            Self::Cuda(cuda) => cuda.fmt(f),
         }
     }
 }
@@ -120,7 +155,7 @@ mod tests {
     use super::*;
 
     fn cuda(text: &str) -> Cuda {
-        text.parse::<Architecture>().unwrap().cuda().unwrap()
+        text.parse().unwrap()
     }
 
     #[test]
@@ -134,6 +169,7 @@ mod tests {
             let why = name.parse::<Architecture>().unwrap_err();
             assert!(why.contains(&format!("`{name}` is not known")), "{why}");
         }
+        assert_eq!("cpu".parse::<Cuda>().unwrap_err(), "the architecture `cpu` is no GPU's: such as `sm_80`, `sm_90a`");
     }
 
     #[test]

@@ -35,7 +35,7 @@ pub mod types;
 pub mod verify;
 pub mod writer;
 
-pub use architecture::Architecture;
+pub use architecture::{Architecture, Cuda};
 pub use dtype::DType;
 pub use error::PlanError;
 pub use expr::{Binary, Compare, Expr, ExprOp, RankScalar, Scalar, Unary};

@@ -39,8 +39,7 @@ pub enum TargetOrigin {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Device {
-    /// An [`Architecture`] by name: `cpu`, or such as `sm_90a`.
-    pub architecture: String,
+    pub architecture: Architecture,
     pub memory_bytes: u64,
     /// Reads and writes together.
     pub memory_bytes_per_second: f64,
@@ -97,13 +96,12 @@ impl Target {
     }
 
     fn check(&self) -> Result<(), String> {
-        let names = [&self.name, &self.device.architecture].into_iter().chain(self.links.iter().map(|link| &link.name));
+        let names = [&self.name].into_iter().chain(self.links.iter().map(|link| &link.name));
         if names.into_iter().any(|name| name.contains(char::is_control)) {
             return Err("names must not have control characters".to_owned());
         }
         let positive = |value: f64| value.is_finite() && value > 0.0;
         let device = &self.device;
-        device.architecture.parse::<Architecture>().map_err(|what| format!("device: {what}"))?;
         let rates = device.matrix_operations_per_second.iter().map(|rate| rate.1);
         let rates = rates.chain([device.memory_bytes_per_second, device.vector_operations_per_second]);
         if !rates.into_iter().all(positive) {

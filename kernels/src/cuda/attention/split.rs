@@ -8,11 +8,11 @@
 
 use planfile::launch::Factor;
 use planfile::op::Causal;
-use planfile::{DType, Spec};
+use planfile::{Cuda, DType, Spec};
 
+use super::super::CLUSTER_MAX;
 use super::super::Launch;
 use super::super::block::{Shape, Unit, sizes_of, tiles};
-use super::super::machine::{CLUSTER_MAX, Machine};
 use super::{COMMON, Matched, TILES_WIDTH_MAX, is_wide};
 
 const BODY: &str =
@@ -65,7 +65,7 @@ struct Division {
 
 impl Matched<'_> {
     /// `None` where there are many query rows, or where a tile of keys and values has no room.
-    pub(super) fn split(&self, spec: &Spec, mut unit: Unit, architecture: &str) -> Option<Launch> {
+    pub(super) fn split(&self, spec: &Spec, mut unit: Unit, architecture: Cuda) -> Option<Launch> {
         if self.queries > FEW_QUERIES {
             return None;
         }
@@ -81,7 +81,7 @@ impl Matched<'_> {
             features: self.features,
             values: self.values,
         };
-        let division = Division::of(few, Machine::of(architecture))?;
+        let division = Division::of(few, architecture)?;
         let sizes = [
             ("ROW_TILE", division.row_tile),
             ("KEY_TILE", KEY_TILE),
@@ -134,7 +134,7 @@ impl Few {
 }
 
 impl Division {
-    fn of(few: Few, machine: Machine) -> Option<Self> {
+    fn of(few: Few, architecture: Cuda) -> Option<Self> {
         let widest = if few.tensor_cores() { TILES_WIDTH_MAX } else { LANES_WIDTH_MAX };
         if few.features > widest || few.values > widest {
             return None;
@@ -145,7 +145,7 @@ impl Division {
             (false, _) => few.rows.next_power_of_two().min(8),
         };
         let tiles = few.keys.div_ceil(KEY_TILE).max(1);
-        let most = if machine.clusters { CLUSTER_MAX } else { 1 };
+        let most = if architecture.has_clusters() { CLUSTER_MAX } else { 1 };
         let units = few.units(row_tile)?.max(1);
         let warps_wanted = tiles.next_power_of_two().min(WARPS_MAX);
         // Each warp has a tile.
@@ -170,13 +170,13 @@ impl Division {
             (1..=STAGES_MAX.min(of_warp))
                 .rev()
                 .take_while(|&stages| stages >= of_warp.min(2))
-                .find_map(|stages| Self::with(few, machine, [row_tile, blocks, warps, stages]))
+                .find_map(|stages| Self::with(few, architecture, [row_tile, blocks, warps, stages]))
         });
-        two.or_else(|| choices.clone().find_map(|warps| Self::with(few, machine, [row_tile, blocks, warps, 1])))
+        two.or_else(|| choices.clone().find_map(|warps| Self::with(few, architecture, [row_tile, blocks, warps, 1])))
     }
 
     /// `None` where this does not fit in shared memory.
-    fn with(few: Few, machine: Machine, [row_tile, blocks, warps, stages]: [u64; 4]) -> Option<Self> {
+    fn with(few: Few, architecture: Cuda, [row_tile, blocks, warps, stages]: [u64; 4]) -> Option<Self> {
         let element = few.dtype.bytes() as u64;
         let value = element.max(4);
         let access = 16 / element;
@@ -200,7 +200,7 @@ impl Division {
         let ring = warps * stages * KEY_TILE * (feature_pitch + value_pitch) * element;
         let parts = warps * rows * (values_padded + 8 + 2) * value;
         let shared_bytes = ring_at + ring.max(parts);
-        (shared_bytes <= machine.shared_bytes).then_some(Self {
+        (shared_bytes <= u64::from(architecture.shared_bytes_max())).then_some(Self {
             row_tile,
             blocks,
             warps,
@@ -226,13 +226,17 @@ mod tests {
         Few { dtype, batches, groups: 8, rows: 4, keys, features: 128, values: 128 }
     }
 
-    fn divided(few: Few, architecture: &str) -> Division {
-        Division::of(few, Machine::of(architecture)).unwrap()
+    fn cuda(name: &str) -> Cuda {
+        name.parse().unwrap()
+    }
+
+    fn divided(few: Few, architecture: Cuda) -> Division {
+        Division::of(few, architecture).unwrap()
     }
 
     #[test]
     fn few_heads_spread_their_keys_over_a_cluster_and_many_do_not() {
-        let blocks = |batches, keys| divided(decode(DType::BF16, batches, keys), "sm_90a").blocks;
+        let blocks = |batches, keys| divided(decode(DType::BF16, batches, keys), cuda("sm_90a")).blocks;
         assert_eq!([1, 2, 4, 16].map(|batches| blocks(batches, 2048)), [8, 4, 2, 1]);
         // A block has no more warps than there are tiles of keys.
         assert_eq!([16, 100, 256, 100_000].map(|keys| blocks(1, keys)), [1, 1, 2, 8]);
@@ -240,13 +244,13 @@ mod tests {
 
     #[test]
     fn warps_are_many_where_all_tiles_come_at_once() {
-        let warps = |keys| divided(decode(DType::BF16, 1, keys), "sm_90a").warps;
+        let warps = |keys| divided(decode(DType::BF16, 1, keys), cuda("sm_90a")).warps;
         assert_eq!([2048, 2049, 4097, 100_000].map(warps), [8, 8, 4, 4]);
     }
 
     #[test]
     fn without_clusters_a_block_has_all_keys() {
-        for architecture in ["sm_80", "sm_86", "sm_89"] {
+        for architecture in ["sm_80", "sm_86", "sm_89"].map(cuda) {
             assert_eq!(divided(decode(DType::F16, 1, 8192), architecture).blocks, 1, "{architecture}");
         }
     }
@@ -254,14 +258,14 @@ mod tests {
     #[test]
     fn any_few_rows_have_room() {
         for dtype in [DType::F16, DType::BF16, DType::F32, DType::F64] {
-            for architecture in ["sm_80", "sm_86", "sm_90a", "sm_100a", "sm_120"] {
+            for architecture in ["sm_80", "sm_86", "sm_90a", "sm_100a", "sm_120"].map(cuda) {
                 for (rows, keys) in [(1, 1), (3, 40), (4, 2048), (16, 515), (128, 4096)] {
                     for (features, values) in [(0, 8), (20, 36), (64, 64), (128, 128), (256, 256)] {
                         let few = Few { dtype, batches: 1, groups: 2, rows, keys, features, values };
-                        let (division, machine) = (divided(few, architecture), Machine::of(architecture));
+                        let division = divided(few, architecture);
                         let what = format!("{few:?} on {architecture}: {division:?}");
-                        assert!(division.shared_bytes <= machine.shared_bytes, "{what}");
-                        assert!(division.blocks == 1 || machine.clusters, "{what}");
+                        assert!(division.shared_bytes <= u64::from(architecture.shared_bytes_max()), "{what}");
+                        assert!(division.blocks == 1 || architecture.has_clusters(), "{what}");
                         let tiles = few.keys.div_ceil(KEY_TILE).next_power_of_two();
                         assert!(division.blocks * division.warps <= tiles, "{what}");
                     }
@@ -274,7 +278,7 @@ mod tests {
     fn wide_heads_are_refused() {
         let wide = |features, values| Few { features, values, ..decode(DType::F32, 1, 100) };
         for few in [wide(257, 128), wide(128, 300)] {
-            assert_eq!(Division::of(few, Machine::of("sm_90a")), None, "{few:?}");
+            assert_eq!(Division::of(few, cuda("sm_90a")), None, "{few:?}");
         }
     }
 }

@@ -3,7 +3,7 @@
 use planfile::op::{PoolKind, Window};
 use planfile::{Binary, DType, Dim, Expr, ExprOp, Op, RankScalar, Scalar, Spec, SpecNode, TensorType, Unary};
 
-use super::{Launch, Options, accepts_fusion, select};
+use super::{CudaTarget, Launch, accepts_fusion, select};
 
 fn dims(sizes: &[u64]) -> Vec<Dim> {
     sizes.iter().copied().map(Dim::Static).collect()
@@ -14,7 +14,7 @@ fn f16(sizes: &[u64]) -> TensorType {
 }
 
 fn generate(spec: &Spec) -> Option<Launch> {
-    select(spec, &Options { architecture: "sm_90a".to_owned(), allow_tf32: false })
+    select(spec, &CudaTarget { architecture: "sm_90a".parse().unwrap(), allow_tf32: false })
 }
 
 /// The function alone, without what all kernels begin with.
