@@ -170,7 +170,7 @@ mod tests {
              %y = pointwise %h, %h {$0 * $1 + $0}
              return %y",
         );
-        let [Node { op: Op::Pointwise { expr, .. }, .. }] = fused.graphs[0].nodes.as_slice() else { panic!("{fused}") };
+        let [Node { op: Op::Pointwise { expr, .. }, .. }] = fused.graphs[0].nodes() else { panic!("{fused}") };
         let exponentials = expr.ops.iter().filter(|op| matches!(op, ExprOp::Unary(_))).count();
         assert_eq!((exponentials, expr.slots()), (1, 1), "{fused}");
     }
@@ -210,6 +210,6 @@ mod tests {
             text.push_str(&format!("%x{} = pointwise %x{i} {{exp($0)}}\n", i + 1));
         }
         let module = case().run(&format!("{text} return %x{MAX_OPS}"));
-        assert_eq!(module.graphs[0].nodes.len(), 2);
+        assert_eq!(module.graphs[0].nodes().len(), 2);
     }
 }

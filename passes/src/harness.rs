@@ -7,7 +7,7 @@ use cpu::recipe::{NoFiles, WeightBytes, WeightReadError, read_all};
 use cpu::{View, ViewMut, combine, evaluate, execute};
 use ir::text::parse_lines;
 use ir::verify::verify;
-use ir::{Graph, Mesh, Module, Node, ValueDef, Weight, WeightId};
+use ir::{Graph, Mesh, Module, Node, Value, ValueDef, WeightId};
 use planfile::{DType, Op, RankScalar, Recipe, Scalar, Source, SourceFile, Target, Tensor, TensorType, infer};
 
 use crate::error::PassError;
@@ -105,9 +105,8 @@ impl Case {
     /// Checks that `before` becomes `after`, up to names of weights and, unless `after` states some, origins.
     #[track_caller]
     pub(crate) fn check(&self, before: &str, after: &str) {
-        let [actual, expected] = [self.run(before), parse(after)].map(|module| comparable(module, after.contains('#')));
-        let same = actual.graphs == expected.graphs && actual.weights == expected.weights;
-        assert!(same, "got\n{actual}\nfor\n{expected}");
+        let (actual, expected) = (self.run(before).compacted(), parse(after).compacted());
+        assert!(same(&actual, &expected, after.contains('#')), "got\n{actual}\nfor\n{expected}");
     }
 
     #[track_caller]
@@ -116,34 +115,35 @@ impl Case {
     }
 }
 
-/// Without dead parts, weights numbered by use and without names.
-fn comparable(module: Module, origins: bool) -> Module {
-    let mut order: Vec<WeightId> = Vec::new();
-    let mut module = Module { files: Vec::new(), ..module.compacted() };
-    for value in module.graphs.iter_mut().flat_map(|graph| &mut graph.values) {
-        if let ValueDef::Weight(id) = &mut value.def {
-            let number = order.iter().position(|known| known == id).unwrap_or_else(|| {
-                order.push(*id);
-                order.len() - 1
-            });
-            *id = WeightId(number as u32);
-        }
-    }
-    let weights = order.iter().map(|id| module.weight(*id).clone());
-    module.weights = weights.map(|weight| Weight { name: String::new(), ..weight }).collect();
-    if !origins {
-        module.graphs.iter_mut().flat_map(|graph| &mut graph.nodes).for_each(|node| node.origin = [].into());
-    }
-    module
+/// Whether both say the same: weights by what they are, whatever their names and numbers.
+fn same(left: &Module, right: &Module, origins: bool) -> bool {
+    let weight = |module: &Module, id: WeightId| (module.weight(id).ty.clone(), module.weight(id).recipe.clone());
+    let same_value = |(a, b): (&Value, &Value)| {
+        let same = match (a.def, b.def) {
+            (ValueDef::Weight(a), ValueDef::Weight(b)) => weight(left, a) == weight(right, b),
+            (a, b) => a == b,
+        };
+        same && (&a.ty, &a.shard) == (&b.ty, &b.shard)
+    };
+    let same_node = |(a, b): (&Node, &Node)| {
+        (&a.op, &a.operands, &a.results) == (&b.op, &b.operands, &b.results) && (!origins || a.origin == b.origin)
+    };
+    let same_graph = |(a, b): (&Graph, &Graph)| {
+        let lengths = (a.values().len(), a.nodes().len()) == (b.values().len(), b.nodes().len());
+        let rest = (a.outputs(), a.ranks()) == (b.outputs(), b.ranks());
+        let values = a.values().iter().zip(b.values()).all(same_value);
+        lengths && rest && values && a.nodes().iter().zip(b.nodes()).all(same_node)
+    };
+    left.weights.len() == right.weights.len() && left.graphs.iter().zip(&right.graphs).all(same_graph)
 }
 
 /// Outputs of the module's only graph on noise, of each rank.
 pub(crate) fn outputs(module: &Module) -> Vec<Tensor> {
     let graph = &module.graphs[0];
     // Before sharding there is one of them.
-    let ranks = graph.ranks.len().max(1);
+    let ranks = graph.ranks().len().max(1);
     let mut values: Vec<Vec<Option<Tensor>>> = (0..ranks).map(|rank| sources(module, graph, rank)).collect();
-    for node in &graph.nodes {
+    for node in graph.nodes() {
         let operands: Vec<Vec<&Tensor>> = values
             .iter()
             .map(|values| node.operands.iter().map(|operand| values[operand.index()].as_ref().unwrap()).collect())
@@ -159,14 +159,14 @@ pub(crate) fn outputs(module: &Module) -> Vec<Tensor> {
         }
     }
     let of = |values: &Vec<Option<Tensor>>| -> Vec<Tensor> {
-        graph.outputs.iter().map(|output| values[output.value.index()].clone().unwrap()).collect()
+        graph.outputs().iter().map(|output| values[output.value.index()].clone().unwrap()).collect()
     };
     values.iter().flat_map(of).collect()
 }
 
 /// Weights, which are whole on each rank, and inputs of noise, which differ by rank.
 fn sources(module: &Module, graph: &Graph, rank: usize) -> Vec<Option<Tensor>> {
-    let source = |value: &ir::Value| match value.def {
+    let source = |value: &Value| match value.def {
         ValueDef::Weight(id) => {
             assert_eq!(value.ty, module.weight(id).ty, "a test with parts of weights");
             Some(read_all(&module.weight(id).recipe, &Noise).unwrap())
@@ -177,7 +177,7 @@ fn sources(module: &Module, graph: &Graph, rank: usize) -> Vec<Option<Tensor>> {
         }
         ValueDef::State(_) | ValueDef::Node(..) => None,
     };
-    graph.values.iter().map(source).collect()
+    graph.values().iter().map(source).collect()
 }
 
 fn evaluated(node: &Node, rank: usize, operands: &[&Tensor]) -> Vec<Tensor> {

@@ -184,10 +184,10 @@ struct Lowering<'a> {
 
 impl Lowering<'_> {
     fn program(&mut self, entry: u32, stage: u32, graph: &Graph, schedule: &Schedule) -> Result<Program, PassError> {
-        let ranks = graph.ranks.clone();
+        let ranks = graph.ranks().to_vec();
         let (mut inputs, mut outputs, mut steps) = (Vec::new(), Vec::new(), Vec::new());
         let mut faults = 0;
-        for (index, value) in graph.values.iter().enumerate() {
+        for (index, value) in graph.values().iter().enumerate() {
             if let ValueDef::Input(port) = value.def {
                 let place = self.place(graph, schedule, stage, ValueId(index as u32))?;
                 inputs.push(Binding { port, place, splits: self.splits(value, &ranks) });
@@ -219,7 +219,7 @@ impl Lowering<'_> {
             let cost = cost.capped();
             steps.push(Step { action: Action::Copy { from, to }, stream: 0, waits: vec![], origin: vec![], cost });
         }
-        for output in &graph.outputs {
+        for output in graph.outputs() {
             let mut place = self.place(graph, schedule, stage, output.value)?;
             if let Some(&offset) = schedule.copies.get(&output.value) {
                 place.at = Argument::Arena { offset };
@@ -248,7 +248,7 @@ impl Lowering<'_> {
         index: usize,
         region: &Region,
     ) -> Result<Step, PassError> {
-        let node = &graph.nodes[index];
+        let node = &graph.nodes()[index];
         let mut places = |values: &[ValueId]| -> Result<Vec<Place>, PassError> {
             values.iter().map(|&value| self.place(graph, schedule, stage, value)).collect()
         };
@@ -352,20 +352,20 @@ impl Lowering<'_> {
         if let Some(&known) = self.placed_index.get(&key) {
             return Ok(self.placed[known].arena_offset);
         }
-        let used = graph.ranks.iter().filter_map(|&rank| self.arena_bytes.get(rank as usize)).max();
+        let used = graph.ranks().iter().filter_map(|&rank| self.arena_bytes.get(rank as usize)).max();
         let arena_offset = used.copied().unwrap_or(0).next_multiple_of(ALIGN);
         let bytes = local.ty.bytes().ok_or_else(|| PassError::invalid("lower", format!("{value} is too large")))?;
-        for &rank in &graph.ranks {
+        for &rank in graph.ranks() {
             self.arena_bytes[rank as usize] = arena_offset + bytes;
         }
         self.placed_index.insert(key, self.placed.len());
         self.placed.push(PlacedWeight {
             weight: weight.0,
             stage,
-            ranks: graph.ranks.clone(),
+            ranks: graph.ranks().to_vec(),
             ty: local.ty.clone(),
             arena_offset,
-            splits: self.splits(local, &graph.ranks),
+            splits: self.splits(local, graph.ranks()),
             images: Vec::new(),
         });
         Ok(arena_offset)

@@ -62,7 +62,7 @@ fn convert(module: Module, dtype: DType) -> Result<Module, PassError> {
         return Err(PassError::invalid(NAME, format!("models are not converted to {dtype}")));
     }
     let sharded = |value: &Value| value.shard.is_some();
-    if module.graphs.iter().flat_map(|graph| &graph.values).any(sharded) {
+    if module.graphs.iter().flat_map(|graph| graph.values()).any(sharded) {
         return Err(PassError::invalid(NAME, "the module is sharded already"));
     }
     let mut weights = Weights::new(&module.weights, dtype);

@@ -42,7 +42,7 @@ pub fn regions(graph: &Graph, cuda: Option<&CudaTarget>) -> Result<Vec<Option<Re
     let Some(target) = cuda else { return layouts(graph).map_err(invalid) };
     let mut regions = grown(graph, target).map_err(invalid)?;
     let mut missing = Vec::new();
-    for (node, region) in graph.nodes.iter().zip(&mut regions) {
+    for (node, region) in graph.nodes().iter().zip(&mut regions) {
         let Some(region) = region else { continue };
         let Some(spec) = &region.spec else { continue };
         match cuda::select(spec, target) {
@@ -59,15 +59,15 @@ pub fn regions(graph: &Graph, cuda: Option<&CudaTarget>) -> Result<Vec<Option<Re
 
 /// For each value the nodes that read it, each once; an output has two more readers that are no nodes.
 fn readers(graph: &Graph) -> Vec<Vec<usize>> {
-    let mut readers: Vec<Vec<usize>> = vec![Vec::new(); graph.values.len()];
-    for (index, node) in graph.nodes.iter().enumerate() {
+    let mut readers: Vec<Vec<usize>> = vec![Vec::new(); graph.values().len()];
+    for (index, node) in graph.nodes().iter().enumerate() {
         for operand in &node.operands {
             if readers[operand.index()].last() != Some(&index) {
                 readers[operand.index()].push(index);
             }
         }
     }
-    for output in &graph.outputs {
+    for output in graph.outputs() {
         // Read by nobody in particular, and by more than one.
         readers[output.value.index()].extend([usize::MAX; 2]);
     }
@@ -76,7 +76,7 @@ fn readers(graph: &Graph) -> Vec<Vec<usize>> {
 
 /// The region of one node alone.
 fn alone(graph: &Graph, index: usize) -> Result<Region, String> {
-    let node = &graph.nodes[index];
+    let node = &graph.nodes()[index];
     let types = node.operands.iter().map(|&operand| graph.ty(operand).clone()).collect();
     let spec = if node.op.is_collective() { None } else { Some(Spec::of(node.op.clone(), types)?) };
     Ok(Region { nodes: vec![NodeId(index as u32)], inputs: node.operands.clone(), spec, selected: None })
@@ -93,10 +93,10 @@ fn region(graph: &Graph, nodes: &BTreeSet<usize>) -> Result<Region, String> {
         _ => None,
     };
     let mut inputs: Vec<ValueId> = Vec::new();
-    let mut pending: Vec<ValueId> = graph.nodes[last].operands.iter().rev().copied().collect();
+    let mut pending: Vec<ValueId> = graph.nodes()[last].operands.iter().rev().copied().collect();
     while let Some(value) = pending.pop() {
         match inside(value) {
-            Some(producer) => pending.extend(graph.nodes[producer].operands.iter().rev()),
+            Some(producer) => pending.extend(graph.nodes()[producer].operands.iter().rev()),
             None if !inputs.contains(&value) => inputs.push(value),
             None => {}
         }
@@ -105,7 +105,7 @@ fn region(graph: &Graph, nodes: &BTreeSet<usize>) -> Result<Region, String> {
     let mut spec = Spec { inputs: types, nodes: Vec::new(), results: Vec::new() };
     let mut numbers: Vec<ValueId> = inputs.clone();
     for &index in nodes {
-        let node = &graph.nodes[index];
+        let node = &graph.nodes()[index];
         let number = |value: &ValueId| numbers.iter().position(|known| known == value).map(|number| number as u32);
         let operands: Option<Vec<u32>> = node.operands.iter().map(number).collect();
         let operands = operands.ok_or_else(|| format!("an operand of {} comes after it", node.op.name()))?;
@@ -139,15 +139,15 @@ fn layouts(graph: &Graph) -> Result<Vec<Option<Region>>, String> {
         }
         region(graph, &nodes).map(Some)
     };
-    graph.nodes.iter().enumerate().map(region_of).collect()
+    graph.nodes().iter().enumerate().map(region_of).collect()
 }
 
 /// For each node, whether it undoes the layout of a weight for a product: a chain that starts with the transposition of
 /// a weight, each link read by the next alone, the last by the product.
 fn absorbed(graph: &Graph) -> Vec<bool> {
     let readers = readers(graph);
-    let mut absorbed = vec![false; graph.nodes.len()];
-    for (index, node) in graph.nodes.iter().enumerate() {
+    let mut absorbed = vec![false; graph.nodes().len()];
+    for (index, node) in graph.nodes().iter().enumerate() {
         absorbed[index] = match (&node.op, node.operands.as_slice()) {
             (Op::Transpose { .. }, &[operand]) => matches!(graph.value(operand).def, ValueDef::Weight(_)),
             (Op::Reshape { .. } | Op::Slice { .. }, &[operand]) => match graph.value(operand).def {
@@ -157,20 +157,20 @@ fn absorbed(graph: &Graph) -> Vec<bool> {
             _ => false,
         };
     }
-    for index in (0..graph.nodes.len()).rev() {
-        let [result] = graph.nodes[index].results.as_slice() else { continue };
+    for index in (0..graph.nodes().len()).rev() {
+        let [result] = graph.nodes()[index].results.as_slice() else { continue };
         let [reader] = readers[result.index()].as_slice() else {
             absorbed[index] = false;
             continue;
         };
-        let product = graph.nodes.get(*reader).is_some_and(|node| {
+        let product = graph.nodes().get(*reader).is_some_and(|node| {
             let second = node.operands.get(1) == Some(result) && node.operands.first() != Some(result);
             matches!(node.op, Op::Dot { .. } | Op::Conv { .. }) && second
         });
         absorbed[index] &= product || absorbed.get(*reader) == Some(&true);
     }
     // What follows a link that is not part of a chain is not, either.
-    for (index, node) in graph.nodes.iter().enumerate() {
+    for (index, node) in graph.nodes().iter().enumerate() {
         if let (true, Some(&operand)) = (absorbed[index], node.operands.first())
             && let ValueDef::Node(before, _) = graph.value(operand).def
         {
@@ -185,8 +185,8 @@ fn absorbed(graph: &Graph) -> Vec<bool> {
 fn sandwiches(graph: &Graph, readers: &[Vec<usize>], target: &CudaTarget) -> Result<BTreeMap<usize, Region>, String> {
     let mut found = BTreeMap::new();
     let mut claimed: BTreeSet<usize> = BTreeSet::new();
-    let transposes = |index: usize| matches!(graph.nodes.get(index), Some(Node { op: Op::Transpose { .. }, .. }));
-    for (index, node) in graph.nodes.iter().enumerate() {
+    let transposes = |index: usize| matches!(graph.nodes().get(index), Some(Node { op: Op::Transpose { .. }, .. }));
+    for (index, node) in graph.nodes().iter().enumerate() {
         let (Op::Conv { .. } | Op::Pool { .. }, &[result]) = (&node.op, node.results.as_slice()) else { continue };
         let &[after] = readers[result.index()].as_slice() else { continue };
         let mut nodes = BTreeSet::from([index, after]);
@@ -219,8 +219,8 @@ fn grown(graph: &Graph, target: &CudaTarget) -> Result<Vec<Option<Region>>, Stri
         .iter()
         .flat_map(|(&last, region)| region.nodes.iter().map(|id| id.index()).filter(move |&index| index != last))
         .collect();
-    let mut regions: Vec<Option<Region>> = vec![None; graph.nodes.len()];
-    for (index, node) in graph.nodes.iter().enumerate() {
+    let mut regions: Vec<Option<Region>> = vec![None; graph.nodes().len()];
+    for (index, node) in graph.nodes().iter().enumerate() {
         if is_view(node) || inner.contains(&index) {
             continue;
         }

@@ -64,39 +64,39 @@ pub fn run(module: Module, cuda: Option<&CudaTarget>) -> Result<Scheduled, PassE
 }
 
 fn schedule(graph: &Graph, regions: Vec<Option<Region>>) -> Option<Schedule> {
-    let mut root: Vec<ValueId> = (0..graph.values.len() as u32).map(ValueId).collect();
-    for node in graph.nodes.iter().filter(|node| is_view(node)) {
+    let mut root: Vec<ValueId> = (0..graph.values().len() as u32).map(ValueId).collect();
+    for node in graph.nodes().iter().filter(|node| is_view(node)) {
         root[node.results[0].index()] = root[node.operands[0].index()];
     }
     let in_arena = |value: ValueId| matches!(graph.value(value).def, ValueDef::Input(_) | ValueDef::Node(..));
     let from_node = |value: ValueId| matches!(graph.value(value).def, ValueDef::Node(..));
     // The last node that reads each root; outputs are read after all of them.
-    let mut last_use = vec![0; graph.values.len()];
-    for (index, node) in graph.nodes.iter().enumerate() {
+    let mut last_use = vec![0; graph.values().len()];
+    for (index, node) in graph.nodes().iter().enumerate() {
         let inputs = regions[index].as_ref().map_or(&[][..], |region| &region.inputs);
         for &value in inputs.iter().chain(&node.results) {
             last_use[root[value.index()].index()] = index;
         }
     }
     let (mut copied, mut known) = (Vec::new(), BTreeSet::new());
-    for output in &graph.outputs {
+    for output in graph.outputs() {
         let source = root[output.value.index()];
-        last_use[source.index()] = graph.nodes.len();
+        last_use[source.index()] = graph.nodes().len();
         if !from_node(source) && known.insert(output.value) {
             copied.push(output.value);
         }
     }
-    let mut expiring: Vec<Vec<ValueId>> = vec![Vec::new(); graph.nodes.len() + 1];
+    let mut expiring: Vec<Vec<ValueId>> = vec![Vec::new(); graph.nodes().len() + 1];
     for (index, &last) in last_use.iter().enumerate() {
         expiring[last].push(ValueId(index as u32));
     }
     let mut arena = Arena::default();
     let (mut offsets, mut workspaces) = (BTreeMap::new(), BTreeMap::new());
-    let inputs = (0..graph.values.len() as u32).map(ValueId);
+    let inputs = (0..graph.values().len() as u32).map(ValueId);
     for input in inputs.filter(|&value| matches!(graph.value(value).def, ValueDef::Input(_))) {
         offsets.insert(input, arena.take(graph.ty(input).bytes()?)?);
     }
-    for (index, node) in graph.nodes.iter().enumerate() {
+    for (index, node) in graph.nodes().iter().enumerate() {
         if regions[index].is_some() {
             for &result in &node.results {
                 offsets.insert(result, arena.take(graph.ty(result).bytes()?)?);

@@ -54,7 +54,7 @@ pub fn run(mut module: Module, settings: &Settings<'_>) -> Result<Module, PassEr
 fn wanted(module: &Module) -> HashMap<WeightId, Option<Packing>> {
     let mut wanted: HashMap<WeightId, Option<Packing>> = HashMap::new();
     for graph in &module.graphs {
-        for node in &graph.nodes {
+        for node in graph.nodes() {
             let chosen = choose(graph, node);
             for &operand in &node.operands {
                 let ValueDef::Weight(id) = graph.value(operand).def else { continue };
@@ -65,7 +65,7 @@ fn wanted(module: &Module) -> HashMap<WeightId, Option<Packing>> {
                 }
             }
         }
-        for output in &graph.outputs {
+        for output in graph.outputs() {
             if let ValueDef::Weight(id) = graph.value(output.value).def {
                 wanted.insert(id, None);
             }
@@ -150,7 +150,7 @@ mod tests {
 
     fn shapes(module: &Module) -> Vec<String> {
         let weight = |value: &&Value| matches!(value.def, ValueDef::Weight(_));
-        module.graphs[0].values.iter().filter(weight).map(|value| value.ty.to_string()).collect()
+        module.graphs[0].values().iter().filter(weight).map(|value| value.ty.to_string()).collect()
     }
 
     /// The number of nodes of each step on the host.
@@ -163,7 +163,7 @@ mod tests {
     fn a_product_s_weight_lies_in_panels_that_its_kernel_undoes() {
         let module = selected(PRODUCT, CPU);
         assert_eq!(shapes(&module), ["f32[3, 64, 32]"]);
-        let names: Vec<&str> = module.graphs[0].nodes.iter().map(|node| node.op.name()).collect();
+        let names: Vec<&str> = module.graphs[0].nodes().iter().map(|node| node.op.name()).collect();
         assert_eq!(names, ["transpose", "reshape", "slice", "reshape", "dot"]);
         assert_eq!(steps(&module), [5]);
     }

@@ -85,7 +85,7 @@ pub fn rank_meshes(module: &Module, devices: u32, settings: &Settings<'_>) -> Re
 
 /// Time of a run of all entries, each node by itself, before any are fused.
 pub fn predicted_ns(placed: &Module, target: &Target) -> u64 {
-    let nodes = placed.graphs.iter().flat_map(|graph| graph.nodes.iter().map(move |node| (graph, node)));
+    let nodes = placed.graphs.iter().flat_map(|graph| graph.nodes().iter().map(move |node| (graph, node)));
     let times = nodes.map(|(graph, node)| cost::node(graph, node, target).predicted_ns);
     times.fold(0, u64::saturating_add).min(MAX_PREDICTED_NS)
 }
@@ -124,7 +124,7 @@ fn place(mut module: Module, mesh: Mesh, settings: &Settings<'_>) -> Result<Modu
         };
         let source = module.graph(*graph);
         let bounded = |value: &ir::Value| value.ty.dims.iter().any(|dim| matches!(dim, Dim::Bounded { .. }));
-        if source.values.iter().any(bounded) {
+        if source.values().iter().any(bounded) {
             let hint = "bind the dimension to a fixed size with --dim".to_owned();
             let op = "a bounded dimension".to_owned();
             return Err(PassError::Unsupported { node: entry.name.clone(), op, hint });
@@ -166,16 +166,16 @@ fn place_inputs(policy: &Policy<'_>, entry: &ir::Entry, data: SubAxes, batch_dim
 fn stage_graph(mesh: &Mesh, source: &Graph, stage: usize, stages: usize) -> Graph {
     let pipe = mesh.axis("pipe");
     let ranks = (0..mesh.ranks()).filter(|&rank| mesh.chunk(pipe, rank) == stage as u64).collect();
-    let name = if stages == 1 { source.name.clone() } else { format!("{}.{stage}", source.name) };
-    Graph { ranks, ..Graph::new(&name) }
+    let name = if stages == 1 { source.name().to_owned() } else { format!("{}.{stage}", source.name()) };
+    Graph::on_ranks(&name, ranks)
 }
 
 /// Cuts the nodes, in their order, into stages of about equal predicted time.
 fn stages(graph: &Graph, count: usize, target: &Target) -> Vec<usize> {
     if count == 1 {
-        return vec![0; graph.nodes.len()];
+        return vec![0; graph.nodes().len()];
     }
-    let times: Vec<u64> = graph.nodes.iter().map(|node| cost::node(graph, node, target).predicted_ns).collect();
+    let times: Vec<u64> = graph.nodes().iter().map(|node| cost::node(graph, node, target).predicted_ns).collect();
     let total = times.iter().map(|&time| u128::from(time)).sum::<u128>().max(1);
     let mut before = 0u128;
     let stage = |&time: &u64| {

@@ -63,7 +63,7 @@ pub fn run(module: Module, settings: &Settings<'_>) -> Result<Module, PassError>
 
 fn simplify(module: Module, bytes: &dyn WeightBytes) -> Result<Module, PassError> {
     let invalid = |why: &str| Err(PassError::Invalid { pass: NAME, why: why.to_owned() });
-    if module.graphs.iter().flat_map(|graph| &graph.values).any(|value| value.shard.is_some()) {
+    if module.graphs.iter().flat_map(|graph| graph.values()).any(|value| value.shard.is_some()) {
         return invalid("the module is sharded already");
     }
     let mut module = module;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use ir::{Entry, Graph, GraphId, Module, Output, Port, ValueDef, ValueId, Weight, WeightId, origin};
+use ir::{Entry, Graph, GraphId, Module, Port, ValueDef, ValueId, Weight, WeightId, origin};
 use planfile::{Op, Recipe, Source, Tensor, TensorType};
 
 use super::{compositions, operations};
@@ -196,7 +196,7 @@ impl Drawing {
         let types: Vec<&TensorType> = operands.iter().map(|&operand| self.graph.ty(operand)).collect();
         let results = planfile::infer(&op, &types).ok()?;
         results.iter().all(|ty| ty.elements().is_some_and(|count| count <= MOST_ELEMENTS)).then_some(())?;
-        let name = format!("{}{}", op.name(), self.graph.nodes.len());
+        let name = format!("{}{}", op.name(), self.graph.nodes().len());
         self.graph.add(op, operands, &origin(&name)).ok()
     }
 
@@ -219,12 +219,11 @@ impl Drawing {
         for _ in 0..self.below(3) {
             outputs.push(self.any().id);
         }
-        let (mut ports, mut leaving) = (Vec::new(), Vec::new());
+        let mut ports = Vec::new();
         for (position, &value) in (0u32..).zip(&outputs) {
             ports.push(Port { name: format!("y{position}"), ty: self.graph.ty(value).clone() });
-            leaving.push(Output { position, value });
+            self.graph.add_output(position, value);
         }
-        self.graph.outputs = leaving;
         let entry = Entry {
             name: "main".to_owned(),
             inputs: self.ports,

@@ -57,17 +57,18 @@ pub struct Port {
     pub ty: TensorType,
 }
 
-/// A straight list of nodes in topological order.
+/// A straight list of nodes in topological order. It grows by [`Graph::add`] and its like, and is changed by
+/// [`crate::rewrite`] alone.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Graph {
-    pub name: String,
-    pub values: Vec<Value>,
-    pub nodes: Vec<Node>,
-    pub outputs: Vec<Output>,
+    pub(crate) name: String,
+    pub(crate) values: Vec<Value>,
+    pub(crate) nodes: Vec<Node>,
+    pub(crate) outputs: Vec<Output>,
     /// Ranks that run this graph, ascending; empty before sharding.
-    pub ranks: Vec<u32>,
+    pub(crate) ranks: Vec<u32>,
     /// Finds sources again; no part of what the graph says.
-    pub sources: SourceIndex,
+    pub(crate) sources: SourceIndex,
 }
 
 /// Values of a graph that no node defines, by what they are: [`Graph::add_source`] looks them up in constant time.
@@ -177,6 +178,33 @@ impl Graph {
         Self { name: name.to_owned(), ..Self::default() }
     }
 
+    /// A graph that these ranks run, ascending.
+    pub fn on_ranks(name: &str, ranks: Vec<u32>) -> Self {
+        Self { ranks, ..Self::new(name) }
+    }
+
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub fn values(&self) -> &[Value] {
+        &self.values
+    }
+
+    /// In topological order.
+    pub fn nodes(&self) -> &[Node] {
+        &self.nodes
+    }
+
+    pub fn outputs(&self) -> &[Output] {
+        &self.outputs
+    }
+
+    /// Ranks that run this graph, ascending; empty before sharding.
+    pub fn ranks(&self) -> &[u32] {
+        &self.ranks
+    }
+
     pub fn value(&self, id: ValueId) -> &Value {
         &self.values[id.index()]
     }
@@ -261,6 +289,16 @@ impl Graph {
         let (operands, origin) = (operands.to_vec(), Arc::clone(origin));
         self.nodes.push(Node { op, operands, results: results.clone(), origin });
         Ok(results)
+    }
+
+    /// Has the value leave the graph as the entry's output number `position`.
+    pub fn add_output(&mut self, position: u32, value: ValueId) {
+        self.outputs.push(Output { position, value });
+    }
+
+    /// Says what a node's result is a shard of; none where every rank has the whole.
+    pub fn set_shard(&mut self, value: ValueId, shard: Option<Shard>) {
+        self.values[value.index()].shard = shard;
     }
 
     /// Appends a node that has one result.

@@ -167,7 +167,7 @@ pub(crate) fn bools(sizes: &[u64], elements: &[bool]) -> Tensor {
 pub(crate) fn run(module: &Module, inputs: &[Tensor]) -> Vec<Tensor> {
     let graph = &module.graphs[0];
     let mut values: BTreeMap<ValueId, Tensor> = BTreeMap::new();
-    for (value, id) in graph.values.iter().zip((0..).map(ValueId)) {
+    for (value, id) in graph.values().iter().zip((0..).map(ValueId)) {
         let known = match value.def {
             ValueDef::Input(number) => inputs[number as usize].clone(),
             ValueDef::Weight(weight) => match &module.weight(weight).recipe.inputs[0].source {
@@ -179,7 +179,7 @@ pub(crate) fn run(module: &Module, inputs: &[Tensor]) -> Vec<Tensor> {
         assert_eq!(known.ty, value.ty, "{id}");
         values.insert(id, known);
     }
-    for node in &graph.nodes {
+    for node in graph.nodes() {
         let operands: Vec<&Tensor> = node.operands.iter().map(|operand| &values[operand]).collect();
         let results = cpu::evaluate(&node.op, &operands).unwrap();
         for (&id, result) in node.results.iter().zip(results) {
@@ -187,7 +187,7 @@ pub(crate) fn run(module: &Module, inputs: &[Tensor]) -> Vec<Tensor> {
             values.insert(id, result);
         }
     }
-    graph.outputs.iter().map(|output| values[&output.value].clone()).collect()
+    graph.outputs().iter().map(|output| values[&output.value].clone()).collect()
 }
 
 /// Asserts sizes, and elements within `1e-5` of the largest expected magnitude.

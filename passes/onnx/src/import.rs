@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use ir::{Entry, Graph, GraphId, Module, Output, Port, ValueDef, ValueId};
+use ir::{Entry, Graph, GraphId, Module, Port, ValueDef, ValueId};
 use planfile::{DType, SourceFile};
 
 use crate::attribute;
@@ -133,7 +133,7 @@ fn check_outputs(graph: &flat::Graph) -> Result<(), OnnxError> {
 fn finish(builder: Builder, inputs: Vec<Port>, outputs: Vec<(String, ValueId)>) -> Module {
     let frozen = builder.frozen();
     let Builder { mut module, mut graph, .. } = builder;
-    graph.outputs = (0..).zip(&outputs).map(|(position, (_, value))| Output { position, value: *value }).collect();
+    (0..).zip(&outputs).for_each(|(position, &(_, value))| graph.add_output(position, value));
     let outputs = outputs.into_iter().map(|(name, value)| Port { name, ty: graph.ty(value).clone() }).collect();
     module.graphs.push(graph);
     module.entries.push(Entry { name: "main".to_owned(), inputs, outputs, frozen, stages: vec![GraphId(0)] });

@@ -72,12 +72,12 @@ pub(super) const fn converts(dtype: DType) -> bool {
 
 /// The demand of each value of the graph. `outputs`: types that the entry states; `half`: the type to convert to.
 pub(super) fn demands(graph: &Graph, outputs: &[DType], half: DType) -> Vec<Demand> {
-    let mut demands: Vec<Option<Demand>> = vec![None; graph.values.len()];
+    let mut demands: Vec<Option<Demand>> = vec![None; graph.values().len()];
     let note = |demands: &mut Vec<Option<Demand>>, value: ValueId, demand: Demand| {
         let known = &mut demands[value.index()];
         *known = Some(known.map_or(demand, |known| if known == demand { demand } else { Demand::Either }));
     };
-    for output in &graph.outputs {
+    for output in graph.outputs() {
         let stated = outputs.get(output.position as usize).copied();
         let demand = match stated {
             Some(DType::F32) => Demand::Single,
@@ -86,7 +86,7 @@ pub(super) fn demands(graph: &Graph, outputs: &[DType], half: DType) -> Vec<Dema
         };
         note(&mut demands, output.value, demand);
     }
-    for node in graph.nodes.iter().rev() {
+    for node in graph.nodes().iter().rev() {
         let result = node.results.first().and_then(|result| demands[result.index()]).unwrap_or(Demand::Either);
         // Only `f32` is handed on through arithmetic: a half type in front of it would round once more.
         let single = if result == Demand::Single { Demand::Single } else { Demand::Either };

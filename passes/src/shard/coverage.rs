@@ -63,14 +63,14 @@ pub fn idle_axes(module: &Module, placed: &Module, options: &ShardOptions) -> Ve
 /// The most parts that any value has over this axis.
 fn ways(placed: &Module, mesh: &Mesh, axis: &str) -> u64 {
     let axis = mesh.axis(axis);
-    let values = placed.graphs.iter().flat_map(|graph| &graph.values);
+    let values = placed.graphs.iter().flat_map(|graph| graph.values());
     let splits = values.filter_map(|value| value.shard.as_ref()).flat_map(|shard| &shard.placement.splits);
     splits.map(|split| mesh.chunks(split.over.intersection(axis))).max().unwrap_or(1)
 }
 
 /// Stages of the entry that has most of them with work to do.
 fn stages_with_work(placed: &Module) -> u64 {
-    let busy = |graph: &Graph| graph.nodes.iter().any(|node| !matches!(node.op, Op::Send { .. } | Op::Recv { .. }));
+    let busy = |graph: &Graph| graph.nodes().iter().any(|node| !matches!(node.op, Op::Send { .. } | Op::Recv { .. }));
     let stages = |entry: &ir::Entry| entry.stages.iter().filter(|&&stage| busy(placed.graph(stage))).count() as u64;
     placed.entries.iter().map(stages).max().unwrap_or(1).max(1)
 }
@@ -91,7 +91,7 @@ fn why_not_tensor(module: &Module, axis: &MeshAxis) -> String {
     let mut recurrent = false;
     for graph in &module.graphs {
         let hints = hints(graph);
-        for node in &graph.nodes {
+        for node in graph.nodes() {
             recurrent |= matches!(node.op, Op::Recurrence { .. });
             if !is_product_with_weight(graph, node) {
                 continue;
@@ -170,7 +170,7 @@ pub fn whole(module: &Module, placed: &Module, target: &Target) -> Whole {
             let shard = graph.value(value).shard.as_ref();
             shard.is_some_and(|shard| !shard.placement.splits.is_empty() || shard.placement.partial.is_some())
         };
-        for node in &graph.nodes {
+        for node in graph.nodes() {
             for &operand in &node.operands {
                 let value = graph.value(operand);
                 if let ValueDef::Weight(weight) = value.def {
@@ -188,7 +188,7 @@ pub fn whole(module: &Module, placed: &Module, target: &Target) -> Whole {
             }
         }
     }
-    let nodes = module.graphs.iter().flat_map(|graph| graph.nodes.iter().map(move |node| (graph, node)));
+    let nodes = module.graphs.iter().flat_map(|graph| graph.nodes().iter().map(move |node| (graph, node)));
     let all_operations: u64 = nodes.map(|(graph, node)| cost::node(graph, node, target).operations).sum();
     let all_weights: u64 = weights.values().map(|(bytes, _)| bytes).sum();
     let mut by_kind: BTreeMap<&'static str, u64> = BTreeMap::new();

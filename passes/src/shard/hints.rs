@@ -69,7 +69,7 @@ type Part = (u64, u64, ValueId);
 pub(crate) fn hints(graph: &Graph) -> Hints {
     let mut hints = Hints::default();
     let mut slices: BTreeMap<(ValueId, usize), Vec<Part>> = BTreeMap::new();
-    for node in graph.nodes.iter().rev() {
+    for node in graph.nodes().iter().rev() {
         // Readers of these results have been seen: what slices took apart becomes segments.
         for &result in &node.results {
             for (dim, &size) in graph.ty(result).sizes().iter().enumerate() {

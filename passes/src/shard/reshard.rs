@@ -33,22 +33,22 @@ impl Stage<'_> {
         let expected = of.placement.local_sizes(self.mesh, &of.global);
         if self.graph.ty(value).sizes() != expected {
             let why = format!("{value} is {} where its placement says {expected:?}", self.graph.ty(value));
-            return Err(IrError::Graph { graph: self.graph.name.clone(), why });
+            return Err(IrError::Graph { graph: self.graph.name().to_owned(), why });
         }
         let replicated = of.placement == Placement::replicated();
-        self.graph.values[value.index()].shard = (!replicated).then(|| of.clone());
+        self.graph.set_shard(value, (!replicated).then(|| of.clone()));
         Ok(())
     }
 
     /// Groups of this stage's ranks that differ only on these sub-axes.
     fn groups(&self, over: SubAxes) -> Groups {
-        let inside = |group: &Vec<u32>| group.iter().all(|rank| self.graph.ranks.contains(rank));
+        let inside = |group: &Vec<u32>| group.iter().all(|rank| self.graph.ranks().contains(rank));
         self.mesh.groups(over).into_iter().filter(inside).collect()
     }
 
     /// A number for each rank of the stage.
     pub(crate) fn by_rank(&self, number: impl Fn(u32) -> u64) -> RankScalar {
-        RankScalar::from_table(self.graph.ranks.iter().map(|&rank| number(rank).cast_signed()).collect())
+        RankScalar::from_table(self.graph.ranks().iter().map(|&rank| number(rank).cast_signed()).collect())
     }
 
     /// The value placed as asked.
@@ -94,7 +94,7 @@ impl Stage<'_> {
     fn combine(&mut self, from: Local, to: &Placement, origin: &Origin) -> Result<Local, IrError> {
         let Some((combine, over)) = from.placement.partial else {
             let why = "nothing turns whole values into partial terms".to_owned();
-            return Err(IrError::Graph { graph: self.graph.name.clone(), why });
+            return Err(IrError::Graph { graph: self.graph.name().to_owned(), why });
         };
         let groups = self.groups(over);
         let mut placement = Placement { partial: None, ..from.placement };

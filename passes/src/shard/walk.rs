@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use ir::{Graph, Module, Node, Origin, Output, Placement, Segment, Shard, Split, ValueDef, ValueId, WeightId};
+use ir::{Graph, Module, Node, Origin, Placement, Segment, Shard, Split, ValueDef, ValueId, WeightId};
 use planfile::expr::ExprOp;
 use planfile::{Binary, Combine, Compare, DType, Dim, Expr, Op, Recipe, Scalar, Source, Tensor, TensorType};
 
@@ -72,16 +72,16 @@ impl<'a> Walk<'a> {
     /// The graphs of the stages.
     pub(crate) fn run(mut self) -> Result<Vec<Graph>, PassError> {
         let source = self.source;
-        for (index, node) in source.nodes.iter().enumerate() {
+        for (index, node) in source.nodes().iter().enumerate() {
             self.node(node, self.stage_of[index])?;
         }
-        for output in &source.outputs {
+        for output in source.outputs() {
             let (stage, placement) = match self.home(output.value) {
                 Some((stage, placement)) => (stage, Placement { partial: None, ..placement }),
                 None => (self.stages.len() - 1, Placement::replicated()),
             };
             let local = self.locate(stage, output.value, &placement, &ir::origin(""))?;
-            self.stages[stage].outputs.push(Output { position: output.position, value: local.value });
+            self.stages[stage].add_output(output.position, local.value);
         }
         Ok(self.stages)
     }
@@ -120,12 +120,10 @@ impl<'a> Walk<'a> {
         let local = match def {
             ValueDef::Weight(_) | ValueDef::Input(_) if to.partial.is_none() => {
                 let ty = TensorType::new(self.source.ty(value).dtype, &to.local_sizes(self.policy.mesh, &global));
-                let shard = Shard { global: global.clone(), placement: to.clone() };
-                let value = self.on_stage(stage, |place| {
-                    place.graph.values.push(ir::Value { ty, def, shard: None });
-                    let value = ValueId(place.graph.values.len() as u32 - 1);
-                    place.annotate(value, &shard).map(|()| value)
-                })?;
+                // Replicated values are no shards.
+                let split = *to != Placement::replicated();
+                let shard = split.then(|| Shard { global: global.clone(), placement: to.clone() });
+                let value = self.on_stage(stage, |place| Ok(place.graph.add_placed_source(ty, def, shard)))?;
                 Local { value, global, placement: to.clone() }
             }
             _ => {
@@ -168,7 +166,7 @@ impl<'a> Walk<'a> {
         let sent = self.locate(from, value, placement, origin)?;
         let channel = self.channels;
         self.channels += 1;
-        let (senders, receivers) = (self.stages[from].ranks.clone(), self.stages[to].ranks.clone());
+        let (senders, receivers) = (self.stages[from].ranks().to_vec(), self.stages[to].ranks().to_vec());
         let ty = self.stages[from].ty(sent.value).clone();
         self.on_stage(from, |place| {
             place.graph.add(Op::Send { channel, peers: receivers }, &[sent.value], origin).map(|_| ())
@@ -234,7 +232,7 @@ impl<'a> Walk<'a> {
             Op::Pointwise { expr, dims } => {
                 *dims = local_dims(0);
                 if indexed_axes(expr).any(|axis| decision.results[0].split(axis).is_some()) {
-                    let ranks = self.stages[stage].ranks.clone();
+                    let ranks = self.stages[stage].ranks().to_vec();
                     rebase(expr, &decision.results[0], |split| {
                         ranks.iter().map(|&rank| first(split.pieces(mesh, rank))).collect()
                     });
@@ -319,7 +317,7 @@ impl<'a> Walk<'a> {
     fn valid(&self, stage: usize, split: &Split) -> Expr {
         let mesh = self.policy.mesh;
         let pieces: Vec<Vec<ir::Piece>> =
-            self.stages[stage].ranks.iter().map(|&rank| split.pieces(mesh, rank)).collect();
+            self.stages[stage].ranks().iter().map(|&rank| split.pieces(mesh, rank)).collect();
         let zero = || Expr::constant(Scalar::i64(0));
         let mut whole: Option<Expr> = None;
         for segment in 0..split.segments.len() {
@@ -357,8 +355,11 @@ impl<'a> Walk<'a> {
         };
         let rows = split.local_size(mesh).cast_signed();
         let total = self.source.ty(node.operands[0]).size(usize::from(axis)).cast_signed();
-        let first_row: Vec<i64> =
-            self.stages[stage].ranks.iter().map(|&rank| -(mesh.chunk(split.over, rank).cast_signed() * rows)).collect();
+        let first_row: Vec<i64> = self.stages[stage]
+            .ranks()
+            .iter()
+            .map(|&rank| -(mesh.chunk(split.over, rank).cast_signed() * rows))
+            .collect();
         let result = Shard { global: self.source.ty(node.results[0]).sizes(), placement: decision.results[0].clone() };
         let origin = &node.origin;
         self.on_stage(stage, |place| {

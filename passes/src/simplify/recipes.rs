@@ -99,7 +99,7 @@ struct Constant {
 /// By value; none if not constant, or for want of room.
 fn constants(graph: &Graph, weights: &Weights<'_>, kept: &HashSet<NodeId>) -> Vec<Option<Constant>> {
     let mut constants: Vec<Option<Constant>> = graph
-        .values
+        .values()
         .iter()
         .map(|value| match value.def {
             ValueDef::Weight(id) => {
@@ -109,7 +109,7 @@ fn constants(graph: &Graph, weights: &Weights<'_>, kept: &HashSet<NodeId>) -> Ve
             ValueDef::Input(_) | ValueDef::State(_) | ValueDef::Node(..) => None,
         })
         .collect();
-    for (number, node) in graph.nodes.iter().enumerate() {
+    for (number, node) in graph.nodes().iter().enumerate() {
         let absorbed = || {
             let of = |operand: &ValueId| constants[operand.index()].as_ref();
             let length = node.operands.iter().map(|operand| of(operand).map(|constant| constant.length));
@@ -178,12 +178,12 @@ fn wanted(graph: &Graph, constants: &[Option<Constant>]) -> BTreeSet<ValueId> {
     let constant =
         |value: ValueId| constants[value.index()].is_some() && matches!(graph.value(value).def, ValueDef::Node(..));
     let mut wanted: BTreeSet<ValueId> = BTreeSet::new();
-    for node in &graph.nodes {
+    for node in graph.nodes() {
         if node.results.iter().all(|&result| !constant(result)) {
             wanted.extend(node.operands.iter().copied().filter(|&operand| constant(operand)));
         }
     }
-    wanted.extend(graph.outputs.iter().map(|output| output.value).filter(|&value| constant(value)));
+    wanted.extend(graph.outputs().iter().map(|output| output.value).filter(|&value| constant(value)));
     wanted
 }
 

@@ -67,7 +67,7 @@ mod tests {
         assert_eq!(case(7).one(), tensor(&[3], &[-1i64, 0, 2]));
         assert_eq!(case(9).one(), bools(&[3], &[true, false, true]));
         let same = case(1);
-        assert!(same.import().unwrap().graphs[0].nodes.is_empty());
+        assert!(same.import().unwrap().graphs[0].nodes().is_empty());
         let like = Case::new("CastLike", 15).input(tensor(&[1], &[2.5f32])).input(tensor(&[0], &[0i32; 0]));
         assert_eq!(like.one(), tensor(&[1], &[2i32]));
     }

@@ -212,7 +212,7 @@ mod tests {
     use crate::harness::{Case, assert_close, tensor};
 
     fn names(case: &Case) -> Vec<&'static str> {
-        case.import().unwrap().graphs[0].nodes.iter().map(|node| node.op.name()).collect()
+        case.import().unwrap().graphs[0].nodes().iter().map(|node| node.op.name()).collect()
     }
 
     #[test]
@@ -221,7 +221,7 @@ mod tests {
         let case = Case::new("MatMul", 13).input(a).input(tensor(&[2, 2], &[1f32, 10.0, 2.0, 20.0]));
         assert_close(&case.one(), &[2, 1, 2], &[5.0, 50.0, 11.0, 110.0]);
         let module = case.import().unwrap();
-        let [node] = module.graphs[0].nodes.as_slice() else { panic!("{:?}", names(&case)) };
+        let [node] = module.graphs[0].nodes() else { panic!("{:?}", names(&case)) };
         assert!(matches!(&node.op, Op::Dot { batch, .. } if batch.is_empty()), "{:?}", node.op);
     }
 

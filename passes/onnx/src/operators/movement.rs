@@ -201,7 +201,7 @@ mod tests {
     fn transposes() {
         let case = Case::new("Transpose", 13).input(counted(&[2, 3]));
         assert_eq!(case.one(), tensor(&[3, 2], &[0f32, 3., 1., 4., 2., 5.]));
-        assert!(case.clone().ints("perm", &[0, 1]).import().unwrap().graphs[0].nodes.is_empty());
+        assert!(case.clone().ints("perm", &[0, 1]).import().unwrap().graphs[0].nodes().is_empty());
         assert!(case.clone().ints("perm", &[0, 0]).error().contains("repeat"));
         assert!(case.ints("perm", &[0]).error().contains("perm"));
     }

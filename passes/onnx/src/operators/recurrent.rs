@@ -331,7 +331,7 @@ mod tests {
         let lstm = Case::new("LSTM", 14).input(tensor(&[100, 2, 3], &[0.5f32; 600]));
         let lstm = lstm.constant(tensor(&[2, 16, 3], &[0.25f32; 96])).constant(tensor(&[2, 16, 4], &[0.125f32; 128]));
         let module = lstm.string("direction", "bidirectional").outputs(3).import().unwrap();
-        let count = |name: &str| module.graphs[0].nodes.iter().filter(|node| node.op.name() == name).count();
+        let count = |name: &str| module.graphs[0].nodes().iter().filter(|node| node.op.name() == name).count();
         assert_eq!((count("dot"), count("recurrence")), (1, 1));
     }
 

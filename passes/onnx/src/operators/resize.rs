@@ -249,7 +249,7 @@ mod tests {
     #[test]
     fn unchanged_sizes_need_no_node() {
         let module = scaled(1.0).import().unwrap();
-        assert!(module.graphs[0].nodes.is_empty());
+        assert!(module.graphs[0].nodes().is_empty());
     }
 
     #[test]

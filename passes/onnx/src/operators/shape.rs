@@ -40,7 +40,7 @@ mod tests {
         let x = tensor(&[2, 1, 3], &[0f32; 6]);
         let case = Case::new("Shape", 15).input(x.clone());
         assert_eq!(case.one(), tensor(&[3], &[2i64, 1, 3]));
-        assert!(case.import().unwrap().graphs[0].nodes.is_empty());
+        assert!(case.import().unwrap().graphs[0].nodes().is_empty());
         assert_eq!(case.clone().int("start", 1).int("end", -1).one(), tensor(&[1], &[1i64]));
         assert_eq!(case.clone().int("start", -9).int("end", 9).one(), tensor(&[3], &[2i64, 1, 3]));
         assert_eq!(case.int("start", 2).int("end", 1).one(), tensor(&[0], &[0i64; 0]));

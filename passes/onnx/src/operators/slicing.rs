@@ -154,7 +154,7 @@ mod tests {
     fn a_whole_slice_is_no_node_and_a_step_of_zero_is_refused() {
         let case =
             Case::new("Slice", 9).input(tensor(&[2], &[0f32, 1.])).ints("starts", &[0]).ints("ends", &[i64::MAX]);
-        assert!(case.import().unwrap().graphs[0].nodes.is_empty());
+        assert!(case.import().unwrap().graphs[0].nodes().is_empty());
         let one = |value| tensor(&[1], &[value]);
         let zero = Case::new("Slice", 13).input(tensor(&[1], &[0f32])).constant(one(0i64)).constant(one(1i64));
         assert!(zero.without().constant(one(0i64)).error().contains("step is 0"));
