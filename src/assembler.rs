@@ -9,12 +9,12 @@ use std::io::{Read, Write};
 use std::path::PathBuf;
 use std::{env, fs};
 
+use cuda::nvrtc::{self, Nvrtc};
 use passes::error::PassError;
 use passes::lower::{Assembler, KernelSource};
 use planfile::Cuda;
 use planfile::regular;
 use planfile::replace::Replacement;
-use runtime::cuda::nvrtc::{self, Nvrtc};
 
 /// Compiles with the NVRTC that is found when it is needed.
 #[derive(Debug, Default)]

@@ -10,10 +10,10 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use cuda::nvrtc::{self, Compiled, Nvrtc};
 use kernels::samples::samples;
 use planfile::replace::Replacement;
 use planfile::verify;
-use runtime::cuda::nvrtc::{self, Compiled, Nvrtc};
 
 /// Kernels that keep some registers in memory, by symbol, and why that is fine.
 const SPILLS: &[(&str, &str)] = &[];

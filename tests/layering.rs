@@ -13,12 +13,13 @@ use sources::{Source, contains_word, expect_none, root, rust_below, sources_belo
 const ARROWS: &[(&str, &[&str])] = &[
     ("planfile", &[]),
     ("cpu", &["planfile"]),
+    ("cuda", &["planfile"]),
     ("kernels", &["planfile"]),
     ("ir", &["planfile"]),
     ("onnx", &["planfile", "cpu", "ir"]),
     ("passes", &["planfile", "cpu", "ir", "kernels"]),
-    ("runtime", &["planfile", "cpu"]),
-    ("planwright", &["planfile", "cpu", "ir", "onnx", "passes", "runtime"]),
+    ("runtime", &["planfile", "cpu", "cuda"]),
+    ("planwright", &["planfile", "cpu", "cuda", "ir", "onnx", "passes", "runtime"]),
 ];
 
 /// What `runtime` must not link, directly or through anything: it ships to production.

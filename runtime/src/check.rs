@@ -7,8 +7,8 @@ use planfile::plan::{Action, Plan, Step};
 use planfile::{Buffer, DType, Op, Tensor};
 
 use crate::compare::{Comparison, Elements, Tolerance, compare, to_f64s};
-use crate::cuda::StepRecord;
 use crate::error::{RuntimeError, StepError};
+use crate::gpus::StepRecord;
 use crate::rounding::{Rounding, WHOLE};
 use crate::spec::run_spec;
 use crate::virtual_devices::{combined, receive};

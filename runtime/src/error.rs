@@ -6,7 +6,7 @@ use planfile::error::PlanError;
 use planfile::frozen::FrozenSummary;
 use planfile::text::count;
 
-use crate::cuda::{CudaError, LibraryName};
+use cuda::{CudaError, LibraryName};
 
 /// Why a plan could not be loaded or run: what, where, and what to do next.
 #[derive(Debug, thiserror::Error)]

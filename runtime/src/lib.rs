@@ -20,15 +20,15 @@
 //!
 //! With [`Devices::Cuda`], ranks are GPUs: each entry is one CUDA graph per rank and program, collectives included, and
 //! the same call to [`Context::run`] copies inputs and outputs through page-locked memory. The driver, cuBLASLt, cuDNN
-//! and NCCL are opened where a plan needs them; see [`cuda`]. [`Devices::of`] is what a plan was compiled for.
+//! and NCCL are opened where a plan needs them; see [`gpus`]. [`Devices::of`] is what a plan was compiled for.
 
 pub mod check;
 #[cfg(feature = "cli")]
 pub mod cli;
 pub mod compare;
-pub mod cuda;
 mod error;
 mod exchange;
+pub mod gpus;
 pub mod image;
 mod memory;
 pub mod npz;

@@ -13,8 +13,8 @@ use planfile::reader::PlanFile;
 use planfile::{Buffer, Tensor};
 use rayon::ThreadPoolBuilder;
 
-use crate::cuda::{CudaContext, CudaSession, DeviceMemoryReport, OtherVersion, StepDuration, StepRecord, Told};
 use crate::error::RuntimeError;
+use crate::gpus::{CudaContext, CudaSession, DeviceMemoryReport, OtherVersion, StepDuration, StepRecord, Told};
 use crate::memory::allocate;
 use crate::signature::arrange;
 use crate::virtual_devices::{DeviceMemory, Observer, StepTime, run_entry};

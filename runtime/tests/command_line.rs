@@ -9,10 +9,10 @@ use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::process::{Command, Output};
 
+use cuda::LibraryName;
 use planfile::fingerprint::{FileRange, Fingerprint, digest};
 use planfile::plan::*;
 use planfile::{DType, Expr, Op, PlanError, Recipe, Source, SourceFile, Spec, Tensor, TensorType, Unary, write_plan};
-use runtime::cuda::LibraryName;
 use runtime::npz::{read_npz, write_npz};
 use serde_json::Value;
 use tempfile::TempDir;

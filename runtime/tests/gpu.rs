@@ -6,9 +6,9 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use cuda::{LibraryName, gpus};
 use planfile::plan::*;
 use planfile::{DType, Op, PlanError, PlanFile, Real, Recipe, Source, Spec, Tensor, TensorType, write_plan};
-use runtime::cuda::{LibraryName, gpus};
 use runtime::{Devices, RuntimeError, Session};
 use tempfile::TempDir;
 

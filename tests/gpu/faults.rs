@@ -5,6 +5,7 @@ use std::path::Path;
 
 use cpu::CpuError;
 use cpu::recipe::NoFiles;
+use cuda::nvrtc::Nvrtc;
 use ir::Mesh;
 use passes::error::PassError;
 use passes::lower::{Assembler, KernelSource};
@@ -12,7 +13,6 @@ use passes::settings::{MeshChoice, Options, Settings, ShardOptions};
 use passes::shard::parse_mesh;
 use planfile::plan::Plan;
 use planfile::{Cuda, DType, Target, Tensor, write_plan};
-use runtime::cuda::nvrtc::Nvrtc;
 use runtime::{Context, Devices, RuntimeError, Session, StepError, image};
 
 use crate::{error, kernel_tolerance};

@@ -2,10 +2,10 @@
 
 use std::collections::BTreeMap;
 
+use cuda::nvrtc::Nvrtc;
 use kernels::samples::{inputs, samples};
 use planfile::plan::Plan;
 use planfile::{DType, Op, Spec, write_plan};
-use runtime::cuda::nvrtc::Nvrtc;
 use runtime::{Devices, Session};
 
 use crate::{error, error_by_row, kernel_tolerance, sample_plan};

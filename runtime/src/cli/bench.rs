@@ -23,7 +23,7 @@ use serde::Serialize;
 use super::exit::Failure;
 use super::report::{bytes_text, time_text};
 use super::run::{Data, DeviceFlags, choose_entry, explained, given_inputs, load};
-use crate::cuda::DeviceMemoryReport;
+use crate::gpus::DeviceMemoryReport;
 use crate::{Context, RuntimeError, StepTime};
 
 /// How often an entry is run.

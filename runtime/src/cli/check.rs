@@ -293,7 +293,7 @@ mod tests {
 
     #[test]
     fn a_failure_of_the_run_is_not_hidden() {
-        let lost = || failure((0, 9, 0), StepError::Cuda(crate::cuda::CudaError::Abandoned));
+        let lost = || failure((0, 9, 0), StepError::Cuda(cuda::CudaError::Abandoned));
         assert_eq!(message(&[(0, 3, 0)], Err(lost())), Err(lost().to_string()));
         assert_eq!(message(&[], Err(lost())), Err(lost().to_string()));
         assert_eq!(message(&[], Ok(())), Ok(()));

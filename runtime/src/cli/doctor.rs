@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::exit::Exit;
 use super::report::bytes_text;
-use crate::cuda::{LibraryName, gpus, libraries, peers};
+use cuda::{LibraryName, gpus, libraries, peers};
 
 /// What was found.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -55,7 +55,7 @@ const fn needed_for(library: LibraryName) -> &'static str {
 
 /// Looks at this machine.
 pub fn doctor() -> DoctorReport {
-    let finding = |report: crate::cuda::LibraryReport| {
+    let finding = |report: cuda::LibraryReport| {
         let (version, path, missing) = match report.found {
             Ok((version, path)) => (Some(version), Some(path), None),
             Err(error) => (None, None, Some(error.to_string())),
@@ -66,7 +66,7 @@ pub fn doctor() -> DoctorReport {
     let libraries = libraries().into_iter().map(finding).collect();
     match gpus().and_then(|gpus| Ok((gpus, peers()?))) {
         Ok((gpus, peers)) => {
-            let gpu = |gpu: crate::cuda::GpuInfo| GpuFinding {
+            let gpu = |gpu: cuda::GpuInfo| GpuFinding {
                 number: gpu.ordinal,
                 architecture: format!("sm_{}{}", gpu.capability.0, gpu.capability.1),
                 name: gpu.name,

@@ -11,11 +11,11 @@ use planfile::replace::ReplaceError;
 use serde_json::Value;
 
 use super::framed;
-use crate::cuda::CudaError;
 use crate::error::{RuntimeError, StepError};
 use crate::image::ImageError;
 use crate::refit::RefitError;
 use crate::tensor_file::TensorFileError;
+use cuda::CudaError;
 
 /// Exit codes, as README.md states them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

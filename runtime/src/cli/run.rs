@@ -20,8 +20,8 @@ use super::exit::{Exit, Failure, warn};
 use super::progress::bytes_bar;
 use super::report::time_text;
 use crate::compare::{Tolerance, to_f64s};
-use crate::cuda::OtherVersion;
 use crate::error::{RuntimeError, StepError};
+use crate::gpus::OtherVersion;
 use crate::npz::{read_npz_with, write_npz};
 use crate::rounding::Rounding;
 use crate::session::MAX_THREADS;
@@ -321,7 +321,7 @@ mod tests {
 
     #[test]
     fn warnings_about_versions_say_what_where_and_what_next() {
-        let library = crate::cuda::LibraryName::CublasLt;
+        let library = cuda::LibraryName::CublasLt;
         let [recorded, found, path] = ["0.0.1", "13.0.2", "/usr/lib/libcublasLt.so.13"].map(str::to_owned);
         let text = other_version_text(&OtherVersion { library, recorded, found, path });
         for part in ["cuBLASLt 0.0.1", "has 13.0.2 (/usr/lib/libcublasLt.so.13)", "PLANWRIGHT_CUBLASLT", "--strict"] {

@@ -326,7 +326,7 @@ fn a_gpu_copies_in_a_graph_and_step_by_step() {
 
 /// Loads a plan for the first GPUs.
 fn on_gpus(mut plan: Plan) -> Session {
-    let (major, minor) = crate::cuda::gpus().unwrap()[0].capability;
+    let (major, minor) = cuda::gpus().unwrap()[0].capability;
     plan.manifest.target.architecture = format!("sm_{major}{minor}");
     Session::load(&save(&plan, &[]).path, Devices::Cuda { ordinals: None }).unwrap()
 }

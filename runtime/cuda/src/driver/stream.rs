@@ -6,7 +6,7 @@ use std::{hint, ptr, thread};
 use cudarc::driver::sys::{CUevent_flags, CUstream_flags, CUstreamCaptureMode};
 
 use super::{Address, Gpu, Raw};
-use crate::cuda::error::CudaError;
+use crate::error::CudaError;
 
 /// `CUDA_ERROR_NOT_READY`: no error, the work is still going on.
 const NOT_READY: u32 = 600;
@@ -14,13 +14,13 @@ const NOT_READY: u32 = 600;
 const QUERIES_BEFORE_YIELD: u32 = 10_000;
 
 /// Work of a GPU in order. Belongs to the thread that made it, which has entered its GPU.
-pub(in crate::cuda) struct Stream {
+pub struct Stream {
     pub(super) gpu: Arc<Gpu>,
-    pub(in crate::cuda) raw: Raw,
+    pub raw: Raw,
 }
 
 impl Stream {
-    pub(in crate::cuda) fn new(gpu: &Arc<Gpu>) -> Result<Self, CudaError> {
+    pub fn new(gpu: &Arc<Gpu>) -> Result<Self, CudaError> {
         let _entered = gpu.enter()?;
         let mut raw = ptr::null_mut();
         let flags = CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
@@ -31,17 +31,14 @@ impl Stream {
     }
 
     /// Waits until all work is done. The error may be that of earlier work.
-    pub(in crate::cuda) fn wait(&self) -> Result<(), CudaError> {
+    pub fn wait(&self) -> Result<(), CudaError> {
         // SAFETY: the stream lives.
         let status = unsafe { (self.gpu.driver.cuStreamSynchronize)(self.raw) };
         self.gpu.driver.check("cuStreamSynchronize", status)
     }
 
     /// As [`Self::wait`], unless `stopped` says in between that there is no point in waiting.
-    pub(in crate::cuda) fn wait_unless(
-        &self,
-        mut stopped: impl FnMut() -> Result<(), CudaError>,
-    ) -> Result<(), CudaError> {
+    pub fn wait_unless(&self, mut stopped: impl FnMut() -> Result<(), CudaError>) -> Result<(), CudaError> {
         let mut queries = 0u32;
         loop {
             // SAFETY: the stream lives.
@@ -62,7 +59,7 @@ impl Stream {
     }
 
     /// Lets later work of this stream wait for the event.
-    pub(in crate::cuda) fn wait_for(&self, event: &Event) -> Result<(), CudaError> {
+    pub fn wait_for(&self, event: &Event) -> Result<(), CudaError> {
         // SAFETY: both live, and belong to this GPU.
         let status = unsafe { (self.gpu.driver.cuStreamWaitEvent)(self.raw, event.raw, 0) };
         self.gpu.driver.check("cuStreamWaitEvent", status)
@@ -72,7 +69,7 @@ impl Stream {
     ///
     /// # Safety
     /// Both ranges are memory of the stream's GPU that stays until the stream is done.
-    pub(in crate::cuda) unsafe fn copy(&self, from: Address, to: Address, bytes: u64) -> Result<(), CudaError> {
+    pub unsafe fn copy(&self, from: Address, to: Address, bytes: u64) -> Result<(), CudaError> {
         if bytes == 0 {
             return Ok(());
         }
@@ -84,10 +81,7 @@ impl Stream {
     /// Captures what `enqueue` puts on this stream, and on others that it lets wait for it, instead of running it.
     ///
     /// Of this thread alone, so that other threads may go on to allocate; what they may not do waits ([`Gpu::alone`]).
-    pub(in crate::cuda) fn capture<E: From<CudaError>>(
-        &self,
-        enqueue: impl FnOnce() -> Result<(), E>,
-    ) -> Result<Graph, E> {
+    pub fn capture<E: From<CudaError>>(&self, enqueue: impl FnOnce() -> Result<(), E>) -> Result<Graph, E> {
         let driver = self.gpu.driver;
         let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL as u32;
         let _alone = self.gpu.alone();
@@ -116,7 +110,7 @@ impl Stream {
     ///
     /// # Safety
     /// What the graph's steps use is still there, and stays until the stream is done.
-    pub(in crate::cuda) unsafe fn launch(&self, graph: &Graph) -> Result<(), CudaError> {
+    pub unsafe fn launch(&self, graph: &Graph) -> Result<(), CudaError> {
         // SAFETY: the caller's promise; both handles live.
         let status = unsafe { (self.gpu.driver.cuGraphLaunch)(graph.raw, self.raw) };
         self.gpu.driver.check("cuGraphLaunch", status)
@@ -133,7 +127,7 @@ impl Drop for Stream {
 }
 
 /// A captured graph, ready to be launched any number of times.
-pub(in crate::cuda) struct Graph {
+pub struct Graph {
     gpu: Arc<Gpu>,
     raw: Raw,
 }
@@ -148,19 +142,19 @@ impl Drop for Graph {
 }
 
 /// A moment in a stream.
-pub(in crate::cuda) struct Event {
+pub struct Event {
     gpu: Arc<Gpu>,
     raw: Raw,
 }
 
 impl Event {
     /// One that tells when it happened.
-    pub(in crate::cuda) fn timed(gpu: &Arc<Gpu>) -> Result<Self, CudaError> {
+    pub fn timed(gpu: &Arc<Gpu>) -> Result<Self, CudaError> {
         Self::with(gpu, CUevent_flags::CU_EVENT_DEFAULT)
     }
 
     /// One for other streams to wait for.
-    pub(in crate::cuda) fn new(gpu: &Arc<Gpu>) -> Result<Self, CudaError> {
+    pub fn new(gpu: &Arc<Gpu>) -> Result<Self, CudaError> {
         Self::with(gpu, CUevent_flags::CU_EVENT_DISABLE_TIMING)
     }
 
@@ -174,14 +168,14 @@ impl Event {
     }
 
     /// Puts it behind what is on the stream now.
-    pub(in crate::cuda) fn record(&self, stream: &Stream) -> Result<(), CudaError> {
+    pub fn record(&self, stream: &Stream) -> Result<(), CudaError> {
         // SAFETY: both live, and belong to this GPU.
         let status = unsafe { (self.gpu.driver.cuEventRecord)(self.raw, stream.raw) };
         self.gpu.driver.check("cuEventRecord", status)
     }
 
     /// Microseconds from `earlier` to this one; both have happened.
-    pub(in crate::cuda) fn us_since(&self, earlier: &Self) -> Result<f64, CudaError> {
+    pub fn us_since(&self, earlier: &Self) -> Result<f64, CudaError> {
         let mut milliseconds = 0f32;
         // SAFETY: writes one number.
         let status = unsafe { (self.gpu.driver.cuEventElapsedTime)(&mut milliseconds, earlier.raw, self.raw) };

@@ -5,9 +5,9 @@ use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 use std::thread::{Builder, JoinHandle};
 
-use super::driver::Gpu;
 use super::rank::Rank;
 use crate::error::RuntimeError;
+use cuda::driver::Gpu;
 
 /// What a thread does on its rank, which is there once the first job has made it.
 pub(super) type Job = Box<dyn FnOnce(&mut Option<Rank>) + Send>;

@@ -1,12 +1,12 @@
 //! What of CUDA a machine has.
 
-use super::cublaslt::CublasLt;
-use super::cudnn::Cudnn;
-use super::driver::{Driver, GpuInfo};
-use super::error::CudaError;
-use super::library::LibraryName;
-use super::nccl::Nccl;
-use super::nvrtc::Nvrtc;
+use crate::cublaslt::CublasLt;
+use crate::cudnn::Cudnn;
+use crate::driver::{Driver, GpuInfo};
+use crate::error::CudaError;
+use crate::library::LibraryName;
+use crate::nccl::Nccl;
+use crate::nvrtc::Nvrtc;
 
 /// A library as it was found, or why it was not.
 #[derive(Clone, Debug, PartialEq, Eq)]

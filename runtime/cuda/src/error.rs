@@ -2,11 +2,10 @@
 
 use std::fmt;
 
-use super::library::LibraryName;
+use crate::library::LibraryName;
 
 /// Why a CUDA library could not be used, or refused what it was asked for.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
 pub enum CudaError {
     #[error("{library} was not found: looked for {}{}; {}", names.join(", "), Looked { folders, refused }, library.advice())]
     Absent {
@@ -43,7 +42,7 @@ pub enum CudaError {
 
 impl CudaError {
     /// What would be a bug of the compiler.
-    pub(super) fn contradiction(what: impl Into<String>) -> Self {
+    pub fn contradiction(what: impl Into<String>) -> Self {
         Self::Contradiction { what: what.into() }
     }
 }

@@ -7,21 +7,21 @@ use std::{ptr, slice};
 use cudarc::driver::sys::CU_MEMHOSTALLOC_PORTABLE;
 
 use super::{Address, Gpu, Stream};
-use crate::cuda::error::CudaError;
+use crate::error::CudaError;
 
 /// A range of a GPU's memory. Plain memory and not of a pool, which peers could not reach.
-pub(in crate::cuda) struct DeviceMemory {
+pub struct DeviceMemory {
     gpu: Arc<Gpu>,
-    pub(in crate::cuda) address: Address,
-    pub(in crate::cuda) bytes: u64,
+    pub address: Address,
+    pub bytes: u64,
     /// What the GPU has less since: the bytes in whole pages of the driver. Exact unless others, such as another
     /// process, took or freed memory at the same moment.
-    pub(in crate::cuda) taken_bytes: u64,
+    pub taken_bytes: u64,
 }
 
 impl DeviceMemory {
     /// `bytes` of memory, at least one, with whatever was in it.
-    pub(in crate::cuda) fn allocate(gpu: &Arc<Gpu>, bytes: u64) -> Result<Self, CudaError> {
+    pub fn allocate(gpu: &Arc<Gpu>, bytes: u64) -> Result<Self, CudaError> {
         let _entered = gpu.enter()?;
         let mut address = 0;
         let size = usize::try_from(bytes.max(1)).unwrap_or(usize::MAX);
@@ -35,7 +35,7 @@ impl DeviceMemory {
     }
 
     /// Fills all of it with zeros, in the order of the stream.
-    pub(in crate::cuda) fn clear(&self, stream: &Stream) -> Result<(), CudaError> {
+    pub fn clear(&self, stream: &Stream) -> Result<(), CudaError> {
         if self.bytes == 0 {
             return Ok(());
         }
@@ -56,7 +56,7 @@ impl Drop for DeviceMemory {
 }
 
 /// Page-locked memory of the host: copies to and from any GPU run beside the host's own work.
-pub(in crate::cuda) struct Pinned {
+pub struct Pinned {
     gpu: Arc<Gpu>,
     pointer: *mut u8,
     len: usize,
@@ -67,7 +67,7 @@ unsafe impl Send for Pinned {}
 
 impl Pinned {
     /// Zeros.
-    pub(in crate::cuda) fn zeroed(gpu: &Arc<Gpu>, len: usize) -> Result<Self, CudaError> {
+    pub fn zeroed(gpu: &Arc<Gpu>, len: usize) -> Result<Self, CudaError> {
         let _entered = gpu.enter()?;
         let mut pointer = ptr::null_mut();
         // SAFETY: writes one pointer; freed on drop.
@@ -82,7 +82,7 @@ impl Pinned {
     /// Where the GPU finds it, for kernels to write to. Who gives the address to a kernel promises that the kernel
     /// stays within the memory, and that nobody calls [`Self::bytes`] or [`Self::bytes_mut`], or drops the memory,
     /// between the launch and the return of a [`Stream::wait`] after it.
-    pub(in crate::cuda) fn address(&self) -> Result<Address, CudaError> {
+    pub fn address(&self) -> Result<Address, CudaError> {
         let _entered = self.gpu.enter()?;
         let mut address = 0;
         // SAFETY: writes one address; the memory was allocated in `zeroed`.
@@ -91,13 +91,13 @@ impl Pinned {
         Ok(address)
     }
 
-    pub(in crate::cuda) fn bytes(&self) -> &[u8] {
+    pub fn bytes(&self) -> &[u8] {
         // SAFETY: initialised in `zeroed`; writes by the GPU end before `Stream::wait` returns, as callers of
         // `download` and users of `address` promise.
         unsafe { slice::from_raw_parts(self.pointer, self.len) }
     }
 
-    pub(in crate::cuda) fn bytes_mut(&mut self) -> &mut [u8] {
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: as above, and borrowed mutably.
         unsafe { slice::from_raw_parts_mut(self.pointer, self.len) }
     }
@@ -114,12 +114,7 @@ impl Pinned {
     ///
     /// # Safety
     /// `to` has room for it on the stream's GPU, and neither memory is freed or changed before the stream is done.
-    pub(in crate::cuda) unsafe fn upload(
-        &self,
-        range: Range<usize>,
-        to: Address,
-        stream: &Stream,
-    ) -> Result<(), CudaError> {
+    pub unsafe fn upload(&self, range: Range<usize>, to: Address, stream: &Stream) -> Result<(), CudaError> {
         let from = self.at(&range)?;
         if range.is_empty() {
             return Ok(());
@@ -134,12 +129,7 @@ impl Pinned {
     ///
     /// # Safety
     /// As for [`Self::upload`]; nobody looks at the bytes before the stream is done.
-    pub(in crate::cuda) unsafe fn download(
-        &mut self,
-        range: Range<usize>,
-        from: Address,
-        stream: &Stream,
-    ) -> Result<(), CudaError> {
+    pub unsafe fn download(&mut self, range: Range<usize>, from: Address, stream: &Stream) -> Result<(), CudaError> {
         let to = self.at(&range)?;
         if range.is_empty() {
             return Ok(());
@@ -164,7 +154,7 @@ impl Drop for Pinned {
 ///
 /// # Safety
 /// `from` has as many bytes, on the stream's GPU.
-pub(in crate::cuda) unsafe fn read(stream: &Stream, from: Address, to: &mut [u8]) -> Result<(), CudaError> {
+pub unsafe fn read(stream: &Stream, from: Address, to: &mut [u8]) -> Result<(), CudaError> {
     if to.is_empty() {
         return Ok(());
     }

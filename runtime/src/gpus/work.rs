@@ -3,12 +3,12 @@
 
 use std::sync::Arc;
 
-use super::cublaslt::PreparedMatmul;
-use super::cudnn::PreparedConvolution;
-use super::driver::{Address, Event, Function, Graph, Stream};
-use super::error::CudaError;
-use super::nccl::{Communicator, Exchange};
 use super::transfer::Transfer;
+use cuda::CudaError;
+use cuda::cublaslt::PreparedMatmul;
+use cuda::cudnn::PreparedConvolution;
+use cuda::driver::{Address, Event, Function, Graph, Stream};
+use cuda::nccl::{Communicator, Exchange};
 
 /// One step's call.
 pub(super) enum Work {

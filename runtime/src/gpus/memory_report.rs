@@ -2,9 +2,9 @@
 
 use planfile::plan::{Action, Plan};
 
-use super::driver::{DeviceMemory, Gpu};
-use super::error::CudaError;
 use super::session::{CudaSession, arena_bytes};
+use cuda::CudaError;
+use cuda::driver::{DeviceMemory, Gpu};
 
 /// Memory of one rank's GPU, in bytes: as the plan predicts, and as the driver counts.
 ///

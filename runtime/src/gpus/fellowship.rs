@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::Builder;
 
-use super::error::CudaError;
-use super::nccl::Communicator;
+use cuda::CudaError;
+use cuda::nccl::Communicator;
 
 pub(super) struct Fellowship {
     ranks: u64,

@@ -4,7 +4,7 @@ use std::ffi::c_int;
 
 use planfile::plan::Convolution;
 
-use crate::cuda::error::CudaError;
+use crate::error::CudaError;
 
 /// Sizes `[N, C, spatial…]` with strides, in elements.
 #[derive(Debug, PartialEq, Eq)]

@@ -14,9 +14,9 @@ use cudarc::cudnn::sys::{
 use planfile::DType;
 use planfile::plan::Convolution;
 
-use super::driver::{Address, Gpu, Raw, Stream};
-use super::error::CudaError;
-use super::library::{LibraryName, functions, open_for_others};
+use crate::driver::{Address, Gpu, Raw, Stream};
+use crate::error::CudaError;
+use crate::library::{LibraryName, functions, open_for_others};
 use shape::{Shape, Tensor};
 
 functions! {
@@ -76,7 +76,7 @@ const ALGORITHMS: usize = 16;
 
 impl Cudnn {
     /// The library. What it opens by bare name itself is opened first, from wherever it lies.
-    pub(super) fn ready() -> Result<&'static Self, CudaError> {
+    pub fn ready() -> Result<&'static Self, CudaError> {
         static DEPENDENCIES: std::sync::Once = std::sync::Once::new();
         DEPENDENCIES.call_once(|| {
             open_for_others(&["libcublasLt.so.13", "libcublasLt.so.12"], LibraryName::CublasLt);
@@ -96,7 +96,7 @@ impl Cudnn {
     }
 
     /// Such as `9.14.0`.
-    pub(super) fn version(&self) -> String {
+    pub fn version(&self) -> String {
         // SAFETY: reads a constant.
         let version = unsafe { (self.cudnnGetVersion)() };
         format!("{}.{}.{}", version / 10_000, version % 10_000 / 100, version % 100)
@@ -130,7 +130,7 @@ impl Drop for Owned {
 }
 
 /// cuDNN for one rank's thread, which has entered its GPU.
-pub(super) struct Handle {
+pub struct Handle {
     library: &'static Cudnn,
     raw: Raw,
     gpu: Arc<Gpu>,
@@ -145,11 +145,11 @@ impl Drop for Handle {
 }
 
 /// Where a convolution finds its operands.
-pub(super) struct Operands<'a> {
+pub struct Operands<'a> {
     /// Address and type of each operand of the step.
-    pub(super) operands: &'a [(Address, DType)],
-    pub(super) result: (Address, DType),
-    pub(super) workspace: (Address, u64),
+    pub operands: &'a [(Address, DType)],
+    pub result: (Address, DType),
+    pub workspace: (Address, u64),
 }
 
 /// How what is fused is done.
@@ -164,7 +164,7 @@ enum Fusion {
 }
 
 /// A convolution whose algorithm is chosen.
-pub(super) struct PreparedConvolution {
+pub struct PreparedConvolution {
     library: &'static Cudnn,
     handle: Raw,
     input: Owned,
@@ -189,7 +189,7 @@ pub(super) struct PreparedConvolution {
 }
 
 impl Handle {
-    pub(super) fn new(gpu: &Arc<Gpu>) -> Result<Self, CudaError> {
+    pub fn new(gpu: &Arc<Gpu>) -> Result<Self, CudaError> {
         let library = Cudnn::ready()?;
         let _alone = gpu.alone();
         let mut raw = ptr::null_mut();
@@ -203,7 +203,7 @@ impl Handle {
     /// # Safety
     /// The addresses are memory of the stream's GPU, as long as the call says, and nobody needs what is in the result
     /// and the workspace.
-    pub(super) unsafe fn prepare(
+    pub unsafe fn prepare(
         &self,
         call: &Convolution,
         at: &Operands<'_>,
@@ -432,7 +432,7 @@ impl PreparedConvolution {
     /// # Safety
     /// The addresses it was prepared with are memory of the stream's GPU, as long as the call says, until the stream is
     /// done. The handle it was prepared by lives.
-    pub(super) unsafe fn enqueue(&self, stream: &Stream) -> Result<(), CudaError> {
+    pub unsafe fn enqueue(&self, stream: &Stream) -> Result<(), CudaError> {
         let (library, handle) = (self.library, self.handle);
         // SAFETY: both live, on this thread.
         library.check("cudnnSetStream", unsafe { (library.cudnnSetStream)(handle, stream.raw) })?;

@@ -7,8 +7,8 @@ use std::num::NonZero;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::{ptr, thread};
 
-use super::error::CudaError;
-use super::library::{LibraryName, functions};
+use crate::error::CudaError;
+use crate::library::{LibraryName, functions};
 
 functions! {
     Functions of LibraryName::Nvrtc; nvrtcVersion,

@@ -10,9 +10,9 @@ use cudarc::nccl::sys::{ncclDataType_t, ncclRedOp_t};
 use planfile::attributes::combine_name;
 use planfile::{Combine, DType};
 
-use super::driver::{Address, Raw, Stream};
-use super::error::CudaError;
-use super::library::{LibraryName, functions};
+use crate::driver::{Address, Raw, Stream};
+use crate::error::CudaError;
+use crate::library::{LibraryName, functions};
 
 /// `ncclInProgress`.
 const IN_PROGRESS: u32 = 7;
@@ -22,7 +22,7 @@ const NO_COLOUR: c_int = -1;
 /// Names a set of ranks that are about to meet.
 #[derive(Clone, Copy)]
 #[repr(C)]
-pub(super) struct UniqueId([c_char; 128]);
+pub struct UniqueId([c_char; 128]);
 
 functions! {
     Nccl of LibraryName::Nccl; ncclGetVersion,
@@ -46,7 +46,7 @@ functions! {
 
 impl Nccl {
     /// The library, with multicast over NVLink off unless the user has decided about it.
-    pub(super) fn ready() -> Result<&'static Self, CudaError> {
+    pub fn ready() -> Result<&'static Self, CudaError> {
         const MULTICAST: &str = "NCCL_NVLS_ENABLE";
         static DECIDED: std::sync::Once = std::sync::Once::new();
         DECIDED.call_once(|| {
@@ -59,7 +59,7 @@ impl Nccl {
     }
 
     /// Such as `2.28.3`.
-    pub(super) fn version(&self) -> Result<String, CudaError> {
+    pub fn version(&self) -> Result<String, CudaError> {
         let mut version = 0;
         // SAFETY: writes one integer.
         self.check("ncclGetVersion", ptr::null_mut(), unsafe { (self.ncclGetVersion)(&mut version) })?;
@@ -79,7 +79,7 @@ impl Nccl {
         Err(CudaError::Call { call, status: texts.join(": "), next: "NCCL_DEBUG=WARN makes NCCL say more" })
     }
 
-    pub(super) fn unique_id(&self) -> Result<UniqueId, CudaError> {
+    pub fn unique_id(&self) -> Result<UniqueId, CudaError> {
         let mut id = UniqueId([0; 128]);
         // SAFETY: writes the 128 bytes.
         self.check("ncclGetUniqueId", ptr::null_mut(), unsafe { (self.ncclGetUniqueId)(&mut id) })?;
@@ -127,7 +127,7 @@ const BYTES: u32 = ncclDataType_t::ncclUint8 as u32;
 
 /// What a group of ranks does together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Exchange {
+pub enum Exchange {
     /// `elements` of operand and result.
     AllReduce {
         combine: Combine,
@@ -159,16 +159,16 @@ pub(super) enum Exchange {
 }
 
 /// A rank's membership in a group. May be aborted by another thread when this one hangs in it.
-pub(super) struct Communicator {
+pub struct Communicator {
     nccl: &'static Nccl,
     /// Null when it has ended.
     raw: AtomicPtr<c_void>,
-    pub(super) ranks: u32,
+    pub ranks: u32,
 }
 
 impl Communicator {
     /// Joins all ranks: each calls this with the same id, at the same time. The calling thread has entered its GPU.
-    pub(super) fn join(id: UniqueId, ranks: u32, rank: u32) -> Result<Self, CudaError> {
+    pub fn join(id: UniqueId, ranks: u32, rank: u32) -> Result<Self, CudaError> {
         let nccl = Nccl::ready()?;
         let mut raw = ptr::null_mut();
         // SAFETY: writes one handle; the id is one of `unique_id`'s.
@@ -179,7 +179,7 @@ impl Communicator {
 
     /// Splits into groups: all ranks call this at the same time, each with the number of its group, its position in it
     /// and the group's size, or `None` in no group.
-    pub(super) fn split(&self, group: Option<(u32, u32, u32)>) -> Result<Option<Self>, CudaError> {
+    pub fn split(&self, group: Option<(u32, u32, u32)>) -> Result<Option<Self>, CudaError> {
         let (colour, key, ranks) =
             group.map_or((NO_COLOUR, 0, 0), |(group, position, ranks)| (group as c_int, position as c_int, ranks));
         let parent = self.raw()?;
@@ -196,7 +196,7 @@ impl Communicator {
     }
 
     /// Ends it at once, whatever its ranks are doing: they get errors instead of waiting.
-    pub(super) fn abort(&self) {
+    pub fn abort(&self) {
         let raw = self.raw.swap(ptr::null_mut(), Ordering::AcqRel);
         if !raw.is_null() {
             // SAFETY: whoever takes the handle out ends it, once.
@@ -205,7 +205,7 @@ impl Communicator {
     }
 
     /// What went wrong on its own, such as a link that failed.
-    pub(super) fn state(&self) -> Result<(), CudaError> {
+    pub fn state(&self) -> Result<(), CudaError> {
         let raw = self.raw()?;
         let mut state = 0;
         // SAFETY: writes one integer.
@@ -218,7 +218,7 @@ impl Communicator {
     ///
     /// # Safety
     /// `from` and `to` have as many bytes as the exchange says, on the stream's GPU, until the stream is done.
-    pub(super) unsafe fn exchange(
+    pub unsafe fn exchange(
         &self,
         what: Exchange,
         from: Address,

@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use planfile::plan::{Plan, Program};
 
-use super::driver::{Address, Gpu, Pinned};
-use super::error::CudaError;
 use crate::error::StepError;
+use cuda::CudaError;
+use cuda::driver::{Address, Gpu, Pinned};
 
 /// Bytes of a word.
 const WORD: usize = size_of::<u32>();

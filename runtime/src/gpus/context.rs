@@ -7,18 +7,18 @@ use std::time::Duration;
 use planfile::Tensor;
 use planfile::plan::Plan;
 
-use super::driver::Pinned;
-use super::error::CudaError;
 use super::faults::Fault;
 use super::fellowship::Fellowship;
-use super::memory::DeviceMemoryReport;
-use super::nccl::Nccl;
+use super::memory_report::DeviceMemoryReport;
 use super::rank::{Rank, Staging, Told};
 use super::session::CudaSession;
 use super::thread::RankThread;
 use super::transfer::Transfers;
 use crate::error::{RuntimeError, StepError};
 use crate::ports::{PartOf, Piece, assemble, misfit, names_of};
+use cuda::CudaError;
+use cuda::driver::Pinned;
+use cuda::nccl::Nccl;
 
 /// How long ranks get to notice that another one failed, before they are torn out of what they wait for.
 const PATIENCE: Duration = Duration::from_secs(5);

@@ -15,9 +15,9 @@ use cudarc::cublaslt::sys::{
 use planfile::DType;
 use planfile::plan::Matmul;
 
-use super::driver::{Address, Gpu, Raw, Stream};
-use super::error::CudaError;
-use super::library::{LibraryName, functions};
+use crate::driver::{Address, Gpu, Raw, Stream};
+use crate::error::CudaError;
+use crate::library::{LibraryName, functions};
 use layout::{ColumnMajor, Product, epilogue};
 
 functions! {
@@ -70,7 +70,7 @@ impl CublasLt {
     }
 
     /// Such as `13.0.2`.
-    pub(super) fn version(&self) -> String {
+    pub fn version(&self) -> String {
         // SAFETY: reads a constant.
         let version = unsafe { (self.cublasLtGetVersion)() };
         format!("{}.{}.{}", version / 10_000, version % 10_000 / 100, version % 100)
@@ -94,7 +94,7 @@ impl Drop for Owned {
 }
 
 /// cuBLASLt for one rank's thread, which has entered its GPU.
-pub(super) struct Handle {
+pub struct Handle {
     library: &'static CublasLt,
     raw: Raw,
     gpu: Arc<Gpu>,
@@ -109,17 +109,17 @@ impl Drop for Handle {
 }
 
 /// Where a product finds its operands.
-pub(super) struct Operands<'a> {
+pub struct Operands<'a> {
     /// Address and type of each operand of the step.
-    pub(super) operands: &'a [(Address, DType)],
-    pub(super) result: (Address, DType),
-    pub(super) workspace: (Address, u64),
+    pub operands: &'a [(Address, DType)],
+    pub result: (Address, DType),
+    pub workspace: (Address, u64),
     /// A closed choice of `plan tune`; empty leaves it to the library.
-    pub(super) algorithm: &'a [u8],
+    pub algorithm: &'a [u8],
 }
 
 /// A product whose algorithm is chosen.
-pub(super) struct PreparedMatmul {
+pub struct PreparedMatmul {
     library: &'static CublasLt,
     handle: Raw,
     description: Owned,
@@ -135,7 +135,7 @@ pub(super) struct PreparedMatmul {
 }
 
 impl Handle {
-    pub(super) fn new(gpu: &Arc<Gpu>) -> Result<Self, CudaError> {
+    pub fn new(gpu: &Arc<Gpu>) -> Result<Self, CudaError> {
         let library = CublasLt::get()?;
         let _alone = gpu.alone();
         let mut raw = ptr::null_mut();
@@ -145,7 +145,7 @@ impl Handle {
     }
 
     /// Chooses how to compute a product, deterministically, within its workspace.
-    pub(super) fn prepare(&self, matmul: &Matmul, at: &Operands<'_>) -> Result<PreparedMatmul, CudaError> {
+    pub fn prepare(&self, matmul: &Matmul, at: &Operands<'_>) -> Result<PreparedMatmul, CudaError> {
         let library = self.library;
         let find = |operand: u32| {
             let found = at.operands.get(operand as usize).copied();
@@ -372,7 +372,7 @@ impl PreparedMatmul {
     /// # Safety
     /// The addresses it was prepared with are memory of the stream's GPU, as long as the call says, until the stream is
     /// done. The handle it was prepared by lives.
-    pub(super) unsafe fn enqueue(&self, stream: &Stream) -> Result<(), CudaError> {
+    pub unsafe fn enqueue(&self, stream: &Stream) -> Result<(), CudaError> {
         let beta = if self.adds { 1.0 } else { 0.0 };
         let (doubles, floats) = ([self.scale, beta], [self.scale as f32, beta as f32]);
         let [alpha, beta]: [*const c_void; 2] = if self.double {

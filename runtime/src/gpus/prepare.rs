@@ -9,15 +9,15 @@ use planfile::plan::{
 };
 use planfile::{DType, Op, RankScalar, TensorType};
 
-use super::cublaslt;
-use super::cudnn;
-use super::driver::{Address, Event};
-use super::nccl::Exchange;
 use super::rank::Rank;
 use super::transfer::{Transfer, Transfers};
 use super::work::{PreparedProgram, PreparedStep, Work};
 use crate::error::{RuntimeError, StepError};
 use crate::ports::names_of;
+use cuda::cublaslt;
+use cuda::cudnn;
+use cuda::driver::{Address, Event};
+use cuda::nccl::Exchange;
 
 fn contradiction(what: impl Into<String>) -> StepError {
     StepError::Contradiction { what: what.into() }

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use libloading::os::unix::{Library as Handle, RTLD_GLOBAL, RTLD_LAZY, RTLD_LOCAL};
 
-use super::error::CudaError;
+use crate::error::CudaError;
 
 /// A library that plans, or their compiler, may need.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -103,7 +103,7 @@ impl fmt::Display for LibraryName {
 
 /// Where libraries may lie on a machine, besides where the loader looks by itself.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Places {
+pub(crate) struct Places {
     /// From the library's environment variable; nothing else is tried then.
     given: Option<PathBuf>,
     /// Roots of CUDA toolkits.
@@ -116,7 +116,7 @@ pub(super) struct Places {
 
 impl Places {
     /// As this process's environment says.
-    pub(super) fn of_this_machine(library: LibraryName) -> Self {
+    pub(crate) fn of_this_machine(library: LibraryName) -> Self {
         let variable = |name: &str| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
         let mut toolkits: Vec<PathBuf> = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(variable).collect();
         toolkits.push(PathBuf::from("/usr/local/cuda"));
@@ -173,11 +173,11 @@ fn packages_of(root: &Path) -> Vec<PathBuf> {
 }
 
 /// An open library. Never closed: CUDA libraries leave threads and exit handlers behind.
-pub(super) struct Opened {
+pub(crate) struct Opened {
     library: LibraryName,
     handle: ManuallyDrop<Handle>,
     /// The file, or its name if the loader found it and has not said where.
-    pub(super) path: String,
+    pub(crate) path: String,
 }
 
 impl Opened {
@@ -185,7 +185,7 @@ impl Opened {
     ///
     /// # Errors
     /// [`CudaError::Absent`] with everything that was tried, [`CudaError::GivenAbsent`].
-    pub(super) fn open(library: LibraryName, places: &Places) -> Result<Self, CudaError> {
+    pub(crate) fn open(library: LibraryName, places: &Places) -> Result<Self, CudaError> {
         Self::open_named(library, library.file_names(), places)
     }
 
@@ -232,7 +232,7 @@ impl Opened {
     ///
     /// # Safety
     /// `F` is the type of a C function pointer, with the function's signature.
-    pub(super) unsafe fn function<F: Copy>(&self, symbol: &'static str) -> Result<F, CudaError> {
+    pub(crate) unsafe fn function<F: Copy>(&self, symbol: &'static str) -> Result<F, CudaError> {
         // SAFETY: the caller states the type; the library stays open for the rest of the process.
         let found = unsafe { self.handle.get::<F>(symbol.as_bytes()) };
         let absent = |_| CudaError::Symbol { library: self.library, path: self.path.clone(), symbol };
@@ -240,7 +240,7 @@ impl Opened {
     }
 
     /// Replaces the name by the file that was mapped, given the address of a function in it.
-    pub(super) fn locate(&mut self, address: usize) {
+    pub(crate) fn locate(&mut self, address: usize) {
         // Linux tells what is mapped where; elsewhere the name has to do.
         let maps = fs::read_to_string("/proc/self/maps").unwrap_or_default();
         if let Some(path) = mapped_file(&maps, address) {
@@ -267,7 +267,7 @@ fn open_with_parts(path: &Path, library: LibraryName) -> Result<Handle, String> 
 }
 
 /// Opens a library for others that look for it by its bare name. Absence is for them to report.
-pub(super) fn open_for_others(names: &[&str], library: LibraryName) {
+pub(crate) fn open_for_others(names: &[&str], library: LibraryName) {
     let folders = Places::of_this_machine(library).search(library);
     let paths = folders.iter().flat_map(|folder| names.iter().map(|name| folder.join(name)));
     for path in names.iter().map(PathBuf::from).chain(paths.filter(|path| path.is_file())) {
@@ -299,16 +299,16 @@ macro_rules! functions {
         $(optional fn $newer:ident($($newer_argument:ty),* $(,)?) -> $newer_result:ty;)*
     ) => {
         #[expect(non_snake_case, reason = "functions are named as in the library")]
-        pub(super) struct $table {
-            opened: crate::cuda::library::Opened,
+        pub struct $table {
+            opened: crate::library::Opened,
             $($symbol: unsafe extern "C" fn($($argument),*) $(-> $result)?,)*
             $($newer: Option<unsafe extern "C" fn($($newer_argument),*) -> $newer_result>,)*
         }
 
         impl $table {
-            fn open() -> Result<Self, crate::cuda::CudaError> {
-                let places = crate::cuda::library::Places::of_this_machine($library);
-                let opened = crate::cuda::library::Opened::open($library, &places)?;
+            fn open() -> Result<Self, crate::CudaError> {
+                let places = crate::library::Places::of_this_machine($library);
+                let opened = crate::library::Opened::open($library, &places)?;
                 // SAFETY: each type is the one of the library's header, with enumerations as the integers they are.
                 let mut table = unsafe {
                     Self {
@@ -325,19 +325,19 @@ macro_rules! functions {
             ///
             /// # Errors
             /// The same each time: it is absent, or has not all the functions.
-            pub(super) fn get() -> Result<&'static Self, crate::cuda::CudaError> {
-                static TABLE: std::sync::OnceLock<Result<$table, crate::cuda::CudaError>> = std::sync::OnceLock::new();
+            pub fn get() -> Result<&'static Self, crate::CudaError> {
+                static TABLE: std::sync::OnceLock<Result<$table, crate::CudaError>> = std::sync::OnceLock::new();
                 TABLE.get_or_init(Self::open).as_ref().map_err(Clone::clone)
             }
 
             /// The file it was opened from.
-            pub(super) fn path(&self) -> &str {
+            pub fn path(&self) -> &str {
                 &self.opened.path
             }
         }
     };
 }
-pub(super) use functions;
+pub(crate) use functions;
 
 #[cfg(test)]
 mod tests {

@@ -6,7 +6,7 @@
 use cudarc::cublaslt::sys::cublasLtEpilogue_t;
 use planfile::plan::{Activation, Matmul, Matrix};
 
-use crate::cuda::error::CudaError;
+use crate::error::CudaError;
 
 /// A product by columns: `result = op(left) · op(right)`.
 #[derive(Debug, PartialEq, Eq)]

@@ -8,13 +8,13 @@ use cudarc::driver::sys::{CUfunction_attribute, cudaError_enum};
 use planfile::Buffer;
 
 use super::{Gpu, Raw, Stream};
-use crate::cuda::error::CudaError;
+use crate::error::CudaError;
 
 /// Bytes of every parameter of a kernel: an address or an integer.
 const PARAMETER_BYTES: usize = 8;
 
 /// A loaded cubin.
-pub(in crate::cuda) struct Module {
+pub struct Module {
     gpu: Arc<Gpu>,
     raw: Raw,
 }
@@ -26,7 +26,7 @@ unsafe impl Sync for Module {}
 
 impl Module {
     /// Loads a cubin. It is trusted as any program is: the plan's signature vouches for it.
-    pub(in crate::cuda) fn load(gpu: &Arc<Gpu>, cubin: &[u8]) -> Result<Self, CudaError> {
+    pub fn load(gpu: &Arc<Gpu>, cubin: &[u8]) -> Result<Self, CudaError> {
         // Anything else than an ELF file would be read as text, up to a zero that may not be there.
         if !cubin.starts_with(b"\x7fELF") {
             return Err(CudaError::contradiction("machine code of the plan is no cubin"));
@@ -45,12 +45,7 @@ impl Module {
     ///
     /// # Errors
     /// [`CudaError::Contradiction`] where it has others, or what the driver says.
-    pub(in crate::cuda) fn function(
-        &self,
-        symbol: &str,
-        shared_bytes: u32,
-        parameters: usize,
-    ) -> Result<Function, CudaError> {
+    pub fn function(&self, symbol: &str, shared_bytes: u32, parameters: usize) -> Result<Function, CudaError> {
         let name = CString::new(symbol).map_err(|_| CudaError::contradiction("a kernel's name has a zero in it"))?;
         let _entered = self.gpu.enter()?;
         let driver = self.gpu.driver;
@@ -121,7 +116,7 @@ impl Drop for Module {
 
 /// A kernel of a [`Module`].
 #[derive(Clone, Copy)]
-pub(in crate::cuda) struct Function {
+pub struct Function {
     raw: Raw,
 }
 
@@ -132,7 +127,7 @@ impl Function {
     /// The module is still loaded; the kernel has exactly these parameters, of eight bytes each ([`Module::function`]
     /// has compared them, unless the driver is older than CUDA 12.4: then the plan vouches for them), and what it does
     /// with them is within memory that stays until the stream is done.
-    pub(in crate::cuda) unsafe fn launch(
+    pub unsafe fn launch(
         self,
         stream: &Stream,
         (grid, block, shared_bytes): ([u32; 3], [u32; 3], u32),

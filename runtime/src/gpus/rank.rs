@@ -9,18 +9,18 @@ use planfile::plan::{Action, Place, Plan};
 use planfile::{Op, Tensor};
 
 use super::context::{StepDuration, StepRecord};
-use super::cublaslt;
-use super::cudnn;
-use super::driver::{DeviceMemory, Event, Gpu, Pinned, Stream, read};
-use super::error::CudaError;
 use super::faults::{Fault, Faults};
 use super::fellowship::Fellowship;
-use super::memory::DeviceMemoryReport;
-use super::nccl::{Communicator, UniqueId};
+use super::memory_report::DeviceMemoryReport;
 use super::session::{CudaSession, arena_bytes};
 use super::work::{PreparedProgram, StepFailure, Streams};
 use crate::error::{RuntimeError, StepError};
 use crate::ports::names_of;
+use cuda::CudaError;
+use cuda::cublaslt;
+use cuda::cudnn;
+use cuda::driver::{DeviceMemory, Event, Gpu, Pinned, Stream, read};
+use cuda::nccl::{Communicator, UniqueId};
 
 /// Groups of ranks, as collectives name them.
 type Groups = Vec<Vec<u32>>;

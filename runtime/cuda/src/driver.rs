@@ -12,17 +12,17 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::sys::CUdevice_attribute;
 
-use super::error::CudaError;
-use super::library::{LibraryName, functions};
+use crate::error::CudaError;
+use crate::library::{LibraryName, functions};
 
-pub(super) use memory::{DeviceMemory, Pinned, read};
-pub(super) use module::{Function, Module};
-pub(super) use stream::{Event, Graph, Stream};
+pub use memory::{DeviceMemory, Pinned, read};
+pub use module::{Function, Module};
+pub use stream::{Event, Graph, Stream};
 
 /// A handle of the driver's.
-pub(super) type Raw = *mut c_void;
+pub type Raw = *mut c_void;
 /// An address in a GPU's memory.
-pub(super) type Address = u64;
+pub type Address = u64;
 
 functions! {
     Driver of LibraryName::Driver; cuInit,
@@ -78,7 +78,7 @@ impl Driver {
     ///
     /// # Errors
     /// [`CudaError::Absent`], or what the driver says about the machine.
-    pub(super) fn ready() -> Result<&'static Self, CudaError> {
+    pub fn ready() -> Result<&'static Self, CudaError> {
         let driver = Self::get()?;
         // SAFETY: may be called any number of times, from any thread.
         driver.check("cuInit", unsafe { (driver.cuInit)(0) })?;
@@ -86,7 +86,7 @@ impl Driver {
     }
 
     /// Turns a status into an error.
-    pub(super) fn check(&self, call: &'static str, status: u32) -> Result<(), CudaError> {
+    pub fn check(&self, call: &'static str, status: u32) -> Result<(), CudaError> {
         if status == 0 {
             return Ok(());
         }
@@ -108,7 +108,7 @@ impl Driver {
     }
 
     /// The newest CUDA version that the driver serves.
-    pub(super) fn version(&self) -> Result<String, CudaError> {
+    pub fn version(&self) -> Result<String, CudaError> {
         let mut version = 0;
         // SAFETY: writes one integer.
         self.check("cuDriverGetVersion", unsafe { (self.cuDriverGetVersion)(&mut version) })?;
@@ -116,7 +116,7 @@ impl Driver {
     }
 
     /// Number of GPUs that this process may use.
-    pub(super) fn count(&self) -> Result<u32, CudaError> {
+    pub fn count(&self) -> Result<u32, CudaError> {
         let mut count = 0;
         // SAFETY: writes one integer.
         let status = unsafe { (self.cuDeviceGetCount)(&mut count) };
@@ -141,7 +141,7 @@ impl Driver {
     }
 
     /// What is known of a GPU without using it.
-    pub(super) fn describe(&self, ordinal: u32) -> Result<GpuInfo, CudaError> {
+    pub fn describe(&self, ordinal: u32) -> Result<GpuInfo, CudaError> {
         let device = self.device(ordinal)?;
         let mut name = [0 as c_char; 128];
         // SAFETY: writes a terminated string of at most that length.
@@ -170,7 +170,7 @@ impl Driver {
     }
 
     /// Whether one GPU can address another's memory.
-    pub(super) fn reaches(&self, from: u32, to: u32) -> Result<bool, CudaError> {
+    pub fn reaches(&self, from: u32, to: u32) -> Result<bool, CudaError> {
         let (from, to) = (self.device(from)?, self.device(to)?);
         let mut can = 0;
         // SAFETY: writes one integer.
@@ -222,10 +222,10 @@ pub struct GpuInfo {
 /// A GPU in use: its primary context, which all sessions of the process share.
 ///
 /// The context is never given back: libraries keep code and state in it that they would find gone in the next one.
-pub(super) struct Gpu {
+pub struct Gpu {
     driver: &'static Driver,
     context: Raw,
-    pub(super) info: GpuInfo,
+    pub info: GpuInfo,
     /// See [`Self::alone`].
     alone: Mutex<()>,
 }
@@ -237,7 +237,7 @@ unsafe impl Sync for Gpu {}
 
 impl Gpu {
     /// The GPU, the same to all who ask for it.
-    pub(super) fn open(ordinal: u32) -> Result<Arc<Self>, CudaError> {
+    pub fn open(ordinal: u32) -> Result<Arc<Self>, CudaError> {
         static OPEN: Mutex<BTreeMap<u32, Arc<Gpu>>> = Mutex::new(BTreeMap::new());
         // An entry is there when it is whole.
         let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
@@ -260,13 +260,13 @@ impl Gpu {
     /// `cublasLtDestroy` and `cudnnDestroy` synchronise the context, which CUDA forbids while any of its streams is
     /// captured: captures of other threads are invalidated, and the driver (580) may crash. Nothing that waits for another
     /// rank may happen while this is held.
-    pub(super) fn alone(&self) -> MutexGuard<'_, ()> {
+    pub fn alone(&self) -> MutexGuard<'_, ()> {
         // Nothing is behind the lock that a panic could leave half done.
         self.alone.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Makes this the calling thread's GPU until the guard is dropped.
-    pub(super) fn enter(&self) -> Result<Entered<'_>, CudaError> {
+    pub fn enter(&self) -> Result<Entered<'_>, CudaError> {
         // SAFETY: the context is held as long as `self`.
         let status = unsafe { (self.driver.cuCtxPushCurrent_v2)(self.context) };
         self.driver.check("cuCtxPushCurrent", status)?;
@@ -274,7 +274,7 @@ impl Gpu {
     }
 
     /// Free bytes, and all.
-    pub(super) fn memory(&self) -> Result<(u64, u64), CudaError> {
+    pub fn memory(&self) -> Result<(u64, u64), CudaError> {
         let _entered = self.enter()?;
         let (mut free, mut total) = (0, 0);
         // SAFETY: writes two integers.
@@ -285,7 +285,7 @@ impl Gpu {
 }
 
 /// The calling thread works on a GPU while this lives. Stays on its thread.
-pub(super) struct Entered<'a> {
+pub struct Entered<'a> {
     driver: &'static Driver,
     _gpu: std::marker::PhantomData<(&'a Gpu, *const ())>,
 }

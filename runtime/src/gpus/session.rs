@@ -7,13 +7,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use planfile::plan::{Action, Implementation, Library, PlacedWeight, Plan};
 use planfile::{Architecture, PlanFile};
 
-use super::cublaslt::CublasLt;
-use super::cudnn::Cudnn;
-use super::driver::{DeviceMemory, Driver, Gpu, Module, Pinned, Stream};
-use super::error::CudaError;
-use super::library::LibraryName;
-use super::nccl::Nccl;
 use crate::error::{RuntimeError, StepError};
+use cuda::CudaError;
+use cuda::LibraryName;
+use cuda::cublaslt::CublasLt;
+use cuda::cudnn::Cudnn;
+use cuda::driver::{DeviceMemory, Driver, Gpu, Module, Pinned, Stream};
+use cuda::nccl::Nccl;
 
 /// Bytes that are read at once, hashes checked, while those before are copied.
 const CHUNK_BYTES: usize = 32 << 20;
