@@ -13,7 +13,7 @@ use passes::compile::{Outcome, Warning};
 use passes::error::PassError;
 use planfile::fingerprint::{self, Fingerprint};
 use planfile::plan::{Manifest, Plan};
-use planfile::text::count;
+use planfile::text::{count, few};
 use planfile::writer::{WeightSink, write_plan};
 use planfile::{PlanError, Target, Tensor};
 use runtime::image::{self, ImageError};
@@ -140,7 +140,7 @@ impl Request {
         let names: Vec<&str> = model.graph.inputs.iter().map(|input| input.name.as_str()).collect();
         if names.len() != self.samples.len() {
             let (given, expected) = (self.samples.len(), names.len());
-            return Err(CompileError::Samples { given, expected, names: names.join(", ") });
+            return Err(CompileError::Samples { given, expected, names: few(names) });
         }
         let samples = names.iter().zip(&self.samples).map(|(name, sample)| ((*name).to_owned(), sample.clone()));
         bindings.samples.extend(samples.collect::<BTreeMap<_, _>>());

@@ -5,15 +5,17 @@
 
 #![expect(clippy::panic, clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::process::Command;
 
 use onnx::messages::{
-    Dimension, DimensionValue, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto, TensorShapeProto,
-    TypeProto, ValueInfoProto, type_proto,
+    AttributeProto, AttributeType, Dimension, DimensionValue, GraphProto, ModelProto, NodeProto, OperatorSetIdProto,
+    TensorProto, TensorShapeProto, TypeProto, ValueInfoProto, type_proto,
 };
-use planfile::PlanFile;
+use planfile::{PlanFile, Tensor};
 use prost::Message as _;
+use runtime::{Devices, Session};
 
 const NODES: usize = 10_000;
 
@@ -32,6 +34,10 @@ fn port(name: &str, sizes: &[i64]) -> ValueInfoProto {
     let shape = Some(TensorShapeProto { dim: sizes.iter().map(dim).collect() });
     let tensor = type_proto::Tensor { elem_type: 1, shape };
     ValueInfoProto { name: name.into(), r#type: Some(TypeProto { value: Some(type_proto::Value::TensorType(tensor)) }) }
+}
+
+fn integer(name: &str, value: i64) -> AttributeProto {
+    AttributeProto { name: name.into(), r#type: AttributeType::Int as i32, i: Some(value), ..AttributeProto::default() }
 }
 
 fn names(prefix: &str, count: usize) -> Vec<String> {
@@ -99,16 +105,44 @@ fn wide_nodes_read_and_write_many_values() {
     }
     let apart = names("y", NODES);
     let mut split = vec![node("Split", &["x".to_owned()], &apart)];
-    let count = onnx::messages::AttributeProto {
-        name: "num_outputs".into(),
-        r#type: onnx::messages::AttributeType::Int as i32,
-        i: Some(NODES as i64),
-        ..Default::default()
-    };
-    split[0].attribute.push(count);
+    split[0].attribute.push(integer("num_outputs", NODES as i64));
     let parts = apart.iter().map(|part| port(part, &[1])).collect();
     let plan = compiled(graph(split, vec![port("x", &[NODES as i64])], parts), &[]);
     assert_eq!(plan.plan().manifest.entries[0].outputs.len(), NODES);
+}
+
+/// A kernel has a limited number of parameters, and each start of a part is a kernel of its own: thousands of them would
+/// be compiled for minutes.
+#[test]
+fn wide_nodes_are_cut_into_few_kernels_for_gpus() {
+    let parts = names("p", NODES);
+    let sizes = TensorProto {
+        name: "sizes".into(),
+        dims: vec![NODES as i64],
+        data_type: 7,
+        int64_data: (0..NODES as i64).map(|part| 1 + part % 2).collect(),
+        ..TensorProto::default()
+    };
+    let elements = 3 * NODES / 2;
+    let split = node("Split", &["x".to_owned(), "sizes".to_owned()], &parts);
+    let backwards: Vec<String> = parts.iter().rev().cloned().collect();
+    let mut concat = node("Concat", &backwards, &["y".to_owned()]);
+    concat.attribute.push(integer("axis", 0));
+    let ports = |name| vec![port(name, &[elements as i64])];
+    let graph = GraphProto { initializer: vec![sizes], ..graph(vec![split, concat], ports("x"), ports("y")) };
+    let file = compiled(graph, &["--target", "h200x4"]);
+    let kernels = file.plan().kernels.len();
+    assert!(kernels < 400, "{kernels} kernels");
+    assert!(file.plan().kernels.iter().all(|kernel| kernel.spec.inputs.len() < 256));
+    // Computed by the same steps, on the host.
+    let x: Vec<f32> = (0..elements).map(|element| element as f32).collect();
+    let mut rest = x.as_slice();
+    let mut expected: Vec<&[f32]> = (0..NODES).map(|part| rest.split_off(..1 + part % 2).unwrap()).collect();
+    expected.reverse();
+    let inputs = BTreeMap::from([("x".to_owned(), Tensor::from_elements(&[elements as u64], &x).unwrap())]);
+    let session = Session::load_file(file, Devices::Virtual, |_| {}).unwrap();
+    let outputs = session.context().unwrap().run("main", &inputs).unwrap();
+    assert_eq!(outputs[0].1.elements::<f32>().unwrap(), expected.concat());
 }
 
 #[test]

@@ -15,7 +15,7 @@ use runtime::tensor_file::TestData;
 const MESH: &str = "data=2,tensor=2";
 
 /// Passes that leave alone what the host executes.
-const FOR_CUDA: [&str; 4] = ["recognise", "biases", "layout", "exchange"];
+const FOR_CUDA: [&str; 5] = ["recognise", "biases", "layout", "exchange", "narrow"];
 
 #[test]
 fn models() {

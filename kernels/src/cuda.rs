@@ -4,6 +4,7 @@
 //! with the bodies of its kernels in `kernels/cuda`; libraries are called for large products and convolutions.
 
 use planfile::plan::{Call, Library};
+use planfile::text::few;
 use planfile::{Cuda, LaunchRule, Op, Spec, Target};
 
 mod attention;
@@ -113,11 +114,10 @@ const FAMILIES: &[Family] = &[
 pub fn select(spec: &Spec, target: &CudaTarget) -> Result<(&'static str, Selected), String> {
     let found = FAMILIES.iter().find_map(|family| Some((family.name, (family.select)(spec, target)?)));
     found.ok_or_else(|| {
-        let names: Vec<&str> = spec.nodes.iter().map(|node| node.op.name()).collect();
-        let types: Vec<String> = spec.inputs.iter().map(ToString::to_string).collect();
+        let (names, types) = (few(spec.nodes.iter().map(|node| node.op.name())), few(&spec.inputs));
         let takes = |spec: &Spec| FAMILIES.iter().any(|family| (family.select)(spec, target).is_some());
         let size = limit::too_large(spec, &takes).map_or_else(String::new, |why| format!(": {why}"));
-        format!("no kernel computes {} of {}{size}", names.join(", "), types.join(", "))
+        format!("no kernel computes {names} of {types}{size}")
     })
 }
 

@@ -10,6 +10,7 @@ pub mod fuse;
 mod harness;
 pub mod layout;
 pub mod lower;
+pub mod narrow;
 pub mod pipeline;
 pub mod precision;
 pub mod recognise;

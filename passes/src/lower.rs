@@ -197,7 +197,7 @@ impl Lowering<'_> {
             if let Some(region) = region {
                 let mut step = self.step(graph, schedule, stage, index, region)?;
                 if let (Some(spec), Some(Selected::Launch(_)), Action::Launch { scalars, .. }) =
-                    (&region.spec, &region.selected, &mut step.action)
+                    (&region.spec, region.selected.as_deref(), &mut step.action)
                     && spec.checks_indices()
                 {
                     scalars.push(Argument::Fault { word: faults });
@@ -253,7 +253,7 @@ impl Lowering<'_> {
             values.iter().map(|&value| self.place(graph, schedule, stage, value)).collect()
         };
         let (operands, results) = (places(&region.inputs)?, places(&node.results)?);
-        let action = match (&region.spec, &region.selected) {
+        let action = match (&region.spec, region.selected.as_deref()) {
             (None, _) => {
                 let algorithm = if self.on_host() { CollectiveAlgorithm::Host } else { CollectiveAlgorithm::Nccl };
                 Action::Collective { op: node.op.clone(), operands, results, algorithm }

@@ -4,7 +4,7 @@ use ir::{Module, verify::verify};
 
 use crate::error::PassError;
 use crate::settings::{Options, Settings};
-use crate::{biases, exchange, fuse, layout, precision, recognise, select, shard, simplify};
+use crate::{biases, exchange, fuse, layout, narrow, precision, recognise, select, shard, simplify};
 
 /// One row of the pipeline: a function over the module, by value, so that nobody sees a half-rewritten one.
 #[derive(Clone, Copy, Debug)]
@@ -23,6 +23,7 @@ pub const PIPELINE: &[Pass] = &[
     Pass { name: "biases", run: biases::run },
     Pass { name: "layout", run: layout::run },
     Pass { name: "exchange", run: exchange::run },
+    Pass { name: "narrow", run: narrow::run },
     Pass { name: "select", run: select::run },
 ];
 

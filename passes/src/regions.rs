@@ -4,7 +4,8 @@
 //! a region grows backwards from its last node for as long as a kernel takes the whole: each value inside of it is
 //! read by nobody else, so nothing is computed twice and nothing of it is stored.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
 
 use ir::{Graph, Node, NodeId, ValueDef, ValueId};
 use kernels::cuda::{self, CudaTarget, Selected};
@@ -21,8 +22,8 @@ pub struct Region {
     pub inputs: Vec<ValueId>,
     /// What is computed. A collective has none: its node says all.
     pub spec: Option<Spec>,
-    /// What executes it on a CUDA device; the host executes the specification.
-    pub selected: Option<Selected>,
+    /// What executes it on a CUDA device, shared by regions that compute the same; the host executes the specification.
+    pub selected: Option<Arc<Selected>>,
 }
 
 /// Inputs of a region that grows: no kernel that takes others along reads more, and each would be tried.
@@ -42,11 +43,17 @@ pub fn regions(graph: &Graph, cuda: Option<&CudaTarget>) -> Result<Vec<Option<Re
     let Some(target) = cuda else { return layouts(graph).map_err(invalid) };
     let mut regions = grown(graph, target).map_err(invalid)?;
     let mut missing = Vec::new();
+    let mut known: HashMap<Spec, Result<Arc<Selected>, String>> = HashMap::new();
     for (node, region) in graph.nodes().iter().zip(&mut regions) {
         let Some(region) = region else { continue };
         let Some(spec) = &region.spec else { continue };
-        match cuda::select(spec, target) {
-            Ok((_, selected)) => region.selected = Some(selected),
+        let selected = known.get(spec).cloned().unwrap_or_else(|| {
+            let selected = cuda::select(spec, target).map(|(_, selected)| Arc::new(selected));
+            known.insert(spec.clone(), selected.clone());
+            selected
+        });
+        match selected {
+            Ok(selected) => region.selected = Some(selected),
             Err(why) => missing.push(NoKernel {
                 origin: node.origin.iter().map(ToString::to_string).collect(),
                 op: node.op.name().to_owned(),

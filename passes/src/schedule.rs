@@ -102,7 +102,7 @@ fn schedule(graph: &Graph, regions: Vec<Option<Region>>) -> Option<Schedule> {
                 offsets.insert(result, arena.take(graph.ty(result).bytes()?)?);
             }
         }
-        let selected = regions[index].as_ref().and_then(|region| region.selected.as_ref());
+        let selected = regions[index].as_ref().and_then(|region| region.selected.as_deref());
         if let Some(Selected::Library { workspace_bytes: bytes @ 1.., .. }) = selected {
             let offset = arena.take(*bytes)?;
             workspaces.insert(index, offset);

@@ -4,7 +4,7 @@ use cpu::CpuError;
 use planfile::TensorType;
 use planfile::error::PlanError;
 use planfile::frozen::FrozenSummary;
-use planfile::text::count;
+use planfile::text::{count, few};
 
 use cuda::{CudaError, LibraryName};
 
@@ -14,11 +14,11 @@ use cuda::{CudaError, LibraryName};
 pub enum RuntimeError {
     #[error(transparent)]
     Plan(#[from] PlanError),
-    #[error("the plan has no entry `{name}`; its entries are {}", known.join(", "))]
+    #[error("the plan has no entry `{name}`; its entries are {}", few(known))]
     UnknownEntry { name: String, known: Vec<String> },
-    #[error("input `{name}` ({ty}) is missing; entry `{entry}` expects {}", expected.join(", "))]
+    #[error("input `{name}` ({ty}) is missing; entry `{entry}` expects {}", few(expected))]
     MissingInput { entry: String, name: String, ty: TensorType, expected: Vec<String> },
-    #[error("entry `{entry}` has no input `{name}`; it expects {}", expected.join(", "))]
+    #[error("entry `{entry}` has no input `{name}`; it expects {}", few(expected))]
     UnknownInput { entry: String, name: String, expected: Vec<String> },
     #[error("input `{name}` must be {expected}, given is {given}; convert its elements")]
     InputDType { name: String, expected: TensorType, given: TensorType },
@@ -118,6 +118,6 @@ pub enum StepError {
 fn origin_of(names: &[String]) -> String {
     match names {
         [] => String::new(),
-        names => format!(" (from {})", names.join(", ")),
+        names => format!(" (from {})", few(names)),
     }
 }

@@ -1,6 +1,7 @@
 //! Values of attributes, and of the Constant nodes that have them.
 
 use planfile::DType;
+use planfile::text::few;
 
 use crate::advice;
 use crate::error::{OnnxError, TensorProblem};
@@ -92,8 +93,8 @@ fn value(node: &Node) -> Result<Tensor, String> {
     let values: Vec<(&String, &Attribute)> =
         node.attributes.iter().filter(|(name, _)| name.starts_with("value") || *name == "sparse_value").collect();
     let [(_, value)] = values.as_slice() else {
-        let names: Vec<String> = values.iter().map(|(name, _)| format!("`{name}`")).collect();
-        let given = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
+        let names = few(values.iter().map(|(name, _)| format!("`{name}`")));
+        let given = if names.is_empty() { "none".to_owned() } else { names };
         return Err(format!("a constant has one attribute that says its value; given: {given}"));
     };
     match value {

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use planfile::text::count;
+use planfile::text::{count, few};
 use planfile::{DType, Tensor, TensorType};
 use thiserror::Error;
 
@@ -64,8 +64,7 @@ fn known_names(what: &str, known: &[String]) -> String {
     if known.is_empty() {
         return "it has none".to_owned();
     }
-    let names: Vec<String> = known.iter().map(|name| format!("`{name}`")).collect();
-    format!("{what} {}", names.join(", "))
+    format!("{what} {}", few(known.iter().map(|name| format!("`{name}`"))))
 }
 
 /// A number and where it is from.

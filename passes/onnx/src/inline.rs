@@ -9,6 +9,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use planfile::text::few;
+
 use crate::attribute::{attribute_error, attribute_type, constant, nodes_in, readable, text};
 use crate::error::OnnxError;
 use crate::flat::{Attribute, Container, DimSpec, Graph, Initializer, Node, ValueInfo};
@@ -288,8 +290,8 @@ impl Flattener<'_, '_, '_> {
         }
         if let Some(name) = call.attributes.keys().find(|name| !takes(function, name)) {
             let declared = function.attribute.iter().chain(function.attribute_proto.iter().map(|proto| &proto.name));
-            let declared: Vec<String> = declared.map(|name| format!("`{name}`")).collect();
-            let declared = if declared.is_empty() { "none".to_owned() } else { declared.join(", ") };
+            let declared = few(declared.map(|name| format!("`{name}`")));
+            let declared = if declared.is_empty() { "none".to_owned() } else { declared };
             return Err(fail(format!("the call gives attribute `{name}`, the function has {declared}")));
         }
         let mut opsets = BTreeMap::new();

@@ -1,5 +1,6 @@
 //! Entry points: checks a primitive against its operands and results, then hands it to its family.
 
+use planfile::text::few;
 use planfile::{Op, Tensor, TensorType, infer};
 
 use crate::error::CpuError;
@@ -22,10 +23,7 @@ pub fn execute(op: &Op, rank: usize, operands: &[View<'_>], results: &mut [ViewM
     let types: Vec<&TensorType> = operands.iter().map(|operand| operand.ty).collect();
     let expected = infer(op, &types).map_err(|why| CpuError::Type(format!("{}: {why}", op.name())))?;
     if !expected.iter().eq(results.iter().map(|result| result.ty)) {
-        let list = |types: &mut dyn Iterator<Item = &TensorType>| -> String {
-            types.map(TensorType::to_string).collect::<Vec<_>>().join(", ")
-        };
-        let (given, expected) = (list(&mut results.iter().map(|result| result.ty)), list(&mut expected.iter()));
+        let (given, expected) = (few(results.iter().map(|result| result.ty)), few(&expected));
         return Err(CpuError::Type(format!("{}: results are {given}, expected {expected}", op.name())));
     }
     for (position, operand) in operands.iter().enumerate() {

@@ -2,6 +2,7 @@
 //!
 //! One fact a line, in the order of the plan; weights' bytes and machine code only by their size, hashes not at all.
 
+use std::collections::BTreeMap;
 use std::fmt::{self, Display, Write};
 
 use crate::attributes::{attributes, real};
@@ -64,8 +65,10 @@ fn write_plan(out: &mut String, plan: &Plan) -> fmt::Result {
         )?;
     }
     writeln!(out, "\nweights {}", Bytes(manifest.image_bytes))?;
+    let mut placed: BTreeMap<usize, Vec<&PlacedWeight>> = BTreeMap::new();
+    manifest.placed.iter().for_each(|part| placed.entry(part.weight as usize).or_default().push(part));
     for (index, weight) in manifest.weights.iter().enumerate() {
-        write_weight(out, plan, index, weight)?;
+        write_weight(out, weight, placed.get(&index).map_or(&[], Vec::as_slice))?;
     }
     for (index, kernel) in plan.kernels.iter().enumerate() {
         write_kernel(out, index, kernel)?;
@@ -88,10 +91,9 @@ fn write_plan(out: &mut String, plan: &Plan) -> fmt::Result {
     Ok(())
 }
 
-fn write_weight(out: &mut String, plan: &Plan, index: usize, weight: &PlanWeight) -> fmt::Result {
+fn write_weight(out: &mut String, weight: &PlanWeight, placed: &[&PlacedWeight]) -> fmt::Result {
     writeln!(out, "  {} {} from {}", weight.name, weight.ty, recipe(&weight.recipe))?;
-    for placed in plan.manifest.placed.iter().filter(|placed| placed.weight as usize == index) {
-        let PlacedWeight { stage, arena_offset, ty, splits, images, .. } = placed;
+    for PlacedWeight { stage, arena_offset, ty, splits, images, .. } in placed {
         let images: Vec<String> = images.iter().map(|image| format!("{image:#x}")).collect();
         writeln!(
             out,
@@ -382,6 +384,23 @@ pub fn count(number: u64, noun: &str) -> String {
     format!("{number} {noun}{}", if number == 1 { "" } else { "s" })
 }
 
+/// Items of a list that a sentence names.
+const NAMED: usize = 8;
+
+/// `a, b, c`; of a long list the first few, and how many more there are: `a, b, … and 7998 more`.
+pub fn few<T: Display>(items: impl IntoIterator<Item = T>) -> String {
+    let mut items = items.into_iter();
+    let mut text = String::new();
+    for (number, item) in items.by_ref().take(NAMED).enumerate() {
+        // Writing to a string cannot fail.
+        let _ = write!(text, "{}{item}", if number == 0 { "" } else { ", " });
+    }
+    match items.count() {
+        0 => text,
+        more => format!("{text}, … and {more} more"),
+    }
+}
+
 /// Exact up to a few thousand, then also rounded.
 pub struct Bytes(pub u64);
 
@@ -436,6 +455,13 @@ mod tests {
         assert_eq!([0, 1, 2].map(|number| count(number, "step")), ["0 steps", "1 step", "2 steps"]);
         assert_eq!(mesh(&[], 1), "1 rank");
         assert_eq!(mesh(&[PlanAxis { name: "data".to_owned(), size: 2 }], 2), "data=2 on 2 ranks");
+    }
+
+    #[test]
+    fn long_lists_are_named_by_their_first() {
+        assert_eq!([few([0; 0]), few(["a"]), few(["a", "b"])], ["", "a", "a, b"]);
+        assert_eq!(few(1..9), "1, 2, 3, 4, 5, 6, 7, 8");
+        assert_eq!(few(1..8001), "1, 2, 3, 4, 5, 6, 7, 8, … and 7992 more");
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::fmt;
 use serde::Serialize;
 
 use crate::plan::{Action, Implementation, Library, Plan};
+use crate::text::{count, few};
 
 /// Something that [`crate::verify()`] does not prove.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -61,12 +62,12 @@ impl fmt::Display for Trusted {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Code { code, kernels, bytes } => {
-                let of = if kernels.is_empty() { "of no kernel".to_owned() } else { kernels.join(", ") };
-                write!(f, "the instructions in code {code} ({bytes} bytes): {of}")
+                let of = if kernels.is_empty() { "of no kernel".to_owned() } else { few(kernels) };
+                write!(f, "the instructions in code {code} ({}): {of}", count(*bytes as u64, "byte"))
             }
-            Self::Calls { library, kernels } => write!(f, "{library}'s results: {}", kernels.join(", ")),
+            Self::Calls { library, kernels } => write!(f, "{library}'s results: {}", few(kernels)),
             Self::Algorithm { program, step, bytes } => {
-                write!(f, "the algorithm ({bytes} bytes) of program {program}, step #{step}")
+                write!(f, "the algorithm ({}) of program {program}, step #{step}", count(*bytes as u64, "byte"))
             }
             Self::Predictions => f.write_str("predicted times and amounts of work, on which nothing that runs depends"),
         }

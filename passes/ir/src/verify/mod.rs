@@ -10,6 +10,7 @@ mod tests;
 use std::collections::BTreeSet;
 
 use planfile::op::Op;
+use planfile::text::count;
 use planfile::{Dim, ExprOp, RankScalar, Source, TensorType};
 
 use crate::error::IrError;
@@ -103,11 +104,13 @@ fn check_source(module: &Module, ty: &TensorType, source: &Source) -> Result<(),
         Source::File { file, offset } => {
             let known = module.files.get(*file as usize).ok_or_else(|| format!("there is no file {file}"))?;
             let inside = offset.checked_add(bytes).is_some_and(|end| end <= known.bytes);
-            inside.then_some(()).ok_or_else(|| format!("{bytes} bytes at {offset} leave file {file} `{}`", known.name))
+            inside
+                .then_some(())
+                .ok_or_else(|| format!("{} at {offset} leave file {file} `{}`", count(bytes, "byte"), known.name))
         }
         Source::Inline(buffer) => {
             let fits = buffer.len() as u64 == bytes;
-            fits.then_some(()).ok_or_else(|| format!("{} bytes are not of {ty}", buffer.len()))
+            fits.then_some(()).ok_or_else(|| format!("{} for {ty}", count(buffer.len() as u64, "byte")))
         }
         Source::Random { .. } => Ok(()),
     }

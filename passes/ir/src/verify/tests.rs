@@ -89,7 +89,7 @@ fn weights() {
         input(module, 0, Source::File { file: 0, offset: 65_536 });
     });
     refuses(&["leave file 0"], |module| input(module, 0, Source::File { file: 0, offset: u64::MAX }));
-    refuses(&["w1 `scale`", "3 bytes are not of f32[]"], |module| {
+    refuses(&["w1 `scale`", "3 bytes for f32[]"], |module| {
         input(module, 1, Source::Inline(Buffer::zeroed(3)));
     });
     refuses(&["w2 `fc2`", "not what its operations take"], |module| {
