@@ -3,6 +3,7 @@
 //! Things with names are matched by them: entries, weights, kernels, stages. Steps are aligned by what they do, so that
 //! one more step is one line, though it moves every offset behind it.
 
+mod align;
 mod steps;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -119,16 +120,14 @@ fn equal_images(before: &PlanFile, mine: u64, after: &PlanFile, their: u64, byte
 
 /// Weights in arenas by name, stage, and number among those of that name and stage.
 fn placed_by_name(manifest: &Manifest) -> BTreeMap<(&str, u32, usize), &PlacedWeight> {
-    let mut by_name = BTreeMap::new();
-    for placed in &manifest.placed {
+    let mut counts: BTreeMap<(&str, u32), usize> = BTreeMap::new();
+    let named = |placed: &'_ PlacedWeight| -> (&str, u32, usize) {
         let name = manifest.weights.get(placed.weight as usize).map_or("", |weight| weight.name.as_str());
-        let mut number = 0;
-        while by_name.contains_key(&(name, placed.stage, number)) {
-            number += 1;
-        }
-        by_name.insert((name, placed.stage, number), placed);
-    }
-    by_name
+        let count = counts.entry((name, placed.stage)).or_default();
+        *count += 1;
+        (name, placed.stage, *count - 1)
+    };
+    manifest.placed.iter().map(named).zip(&manifest.placed).collect()
 }
 
 /// What a plan says, by what it says it of; in the plan's order.

@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 
 use serde::Serialize;
-use similar::{Algorithm, ChangeTag, DiffOp, capture_diff_slices};
 
-use crate::plan::{Action, Place, Plan, Program, Step};
+use super::align::align;
+use crate::plan::{Action, Plan, Program, Step};
 use crate::text;
 
 /// What differs between the programs of one entry and stage.
@@ -92,30 +92,23 @@ fn program(name: &str, before: (&Plan, Option<&Program>), after: (&Plan, Option<
         described.iter().map(|(what, types, _)| format!("{what} {types}")).collect()
     };
     let (left, right) = (lines(&mine), lines(&theirs));
-    for op in capture_diff_slices(Algorithm::Myers, &left, &right) {
-        if let DiffOp::Equal { old_index, new_index, len } = op {
-            for offset in 0..len {
-                let pair = (mine[old_index + offset].2, theirs[new_index + offset].2);
-                details((before.0, pair.0), (after.0, pair.1), &mut diff.details);
-            }
-            continue;
+    let (mut old, mut new) = (0, 0);
+    // The end of both is a pair, too.
+    for (mine_at, their_at) in align(&left, &right).into_iter().chain([(left.len(), right.len())]) {
+        (old..mine_at).for_each(|index| push(&mut diff.lines, '-', index, &left[index]));
+        (new..their_at).for_each(|index| push(&mut diff.lines, '+', index, &right[index]));
+        if let (Some(mine), Some(theirs)) = (mine.get(mine_at), theirs.get(their_at)) {
+            details((before.0, mine.2), (after.0, theirs.2), &mut diff.details);
         }
-        for change in op.iter_changes(&left, &right) {
-            let (sign, index) = match change.tag() {
-                ChangeTag::Delete => ('-', change.old_index()),
-                ChangeTag::Insert => ('+', change.new_index()),
-                ChangeTag::Equal => continue,
-            };
-            push(&mut diff.lines, sign, index.unwrap_or(0), change.value());
-        }
+        (old, new) = (mine_at + 1, their_at + 1);
     }
     diff
 }
 
-fn push(lines: &mut Vec<StepLine>, sign: char, index: usize, step: String) {
+fn push(lines: &mut Vec<StepLine>, sign: char, index: usize, step: &str) {
     match lines.last_mut() {
         Some(last) if last.sign == sign && last.step == step && last.first + last.times == index => last.times += 1,
-        _ => lines.push(StepLine { sign, first: index, times: 1, step }),
+        _ => lines.push(StepLine { sign, first: index, times: 1, step: step.to_owned() }),
     }
 }
 
@@ -141,20 +134,15 @@ fn described<'a>((plan, program): (&Plan, Option<&'a Program>)) -> Vec<(String, 
 /// Counts in what two steps that do the same differ.
 fn details(before: (&Plan, &Step), after: (&Plan, &Step), counts: &mut BTreeMap<&'static str, usize>) {
     let (mine, theirs) = (before.1, after.1);
-    let places = |step: &'_ Step| -> Vec<Place> {
-        let (reads, writes) = step.action.places();
-        reads.into_iter().chain(writes).cloned().collect()
-    };
-    let origin = |(plan, step): (&Plan, &Step)| -> Vec<String> {
-        let names = &plan.explanations.names;
-        step.origin.iter().filter_map(|&name| names.get(name as usize).cloned()).collect()
-    };
+    fn names<'a>((plan, step): (&'a Plan, &'a Step)) -> impl Iterator<Item = &'a String> {
+        step.origin.iter().filter_map(|&name| plan.explanations.names.get(name as usize))
+    }
     let parts = [
-        ("places", places(mine) != places(theirs)),
+        ("places", mine.action.places() != theirs.action.places()),
         ("scalars", mine.action.scalars() != theirs.action.scalars()),
         ("order", (mine.stream, &mine.waits) != (theirs.stream, &theirs.waits)),
         ("cost", mine.cost != theirs.cost),
-        ("origin", origin(before) != origin(after)),
+        ("origin", !names(before).eq(names(after))),
     ];
     for (what, _) in parts.iter().filter(|(_, differs)| *differs) {
         *counts.entry(what).or_default() += 1;
