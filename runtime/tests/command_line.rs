@@ -181,6 +181,13 @@ fn frozen_inputs_are_shown_used_and_held() {
     desk.save("same.npz", &[("x", tensor(&[1.0, 2.0, 3.0, 4.0]))]);
     let ran = desk.plan(&["run", "x.plan", "--inputs", "same.npz"]).succeeds();
     assert!(!ran.contains("frozen"), "{ran}");
+    let timed = desk.plan(&["bench", "x.plan", "--runs", "1", "--inputs", "none.npz"]).succeeds();
+    assert!(timed.contains(&format!("\nfrozen {line}\n")), "{timed}");
+    let timed = desk.plan(&["bench", "x.plan", "--runs", "1", "--json"]).succeeds();
+    let timed: Value = serde_json::from_str(&timed).unwrap();
+    assert_eq!(timed["frozen"][0]["input"], "x");
+    let timed = desk.plan(&["bench", "x.plan", "--runs", "1", "--inputs", "same.npz"]).succeeds();
+    assert!(!timed.contains("frozen"), "{timed}");
     desk.save("other.npz", &[("x", tensor(&[1.0, 2.0, 3.0, 5.0]))]);
     let ended = desk.plan(&["run", "x.plan", "--inputs", "other.npz"]);
     ended.fails(3, &["`x` is frozen at [1, 2, 3, 4]", "`/Reshape`", "given is [1, 2, 3, 5]", "--like"]);

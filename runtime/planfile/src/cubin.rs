@@ -5,6 +5,7 @@
 //! and attributes as NVRTC 12.8 and 13.0 write them and `cuobjdump -elf` names them.
 
 use crate::launch::{LABEL_BYTES, LABELS};
+use crate::text::count;
 
 /// ELF machine number of CUDA.
 const EM_CUDA: u16 = 190;
@@ -91,6 +92,11 @@ pub struct Function {
 
 type Read<T> = Result<T, String>;
 
+/// `1 byte`, `2 bytes`.
+fn size(bytes: &[u8]) -> String {
+    count(bytes.len() as u64, "byte")
+}
+
 /// Little-endian numbers and ranges of a file, each checked to be there.
 #[derive(Clone, Copy)]
 struct Bytes<'a>(&'a [u8]);
@@ -100,7 +106,7 @@ impl<'a> Bytes<'a> {
         let first = usize::try_from(offset).ok();
         let end = offset.checked_add(bytes).and_then(|end| usize::try_from(end).ok());
         let range = first.zip(end).and_then(|(first, end)| self.0.get(first..end));
-        range.ok_or_else(|| format!("{bytes} bytes at {offset} of {}", self.0.len()))
+        range.ok_or_else(|| format!("{} at {offset} of {}", count(bytes, "byte"), self.0.len()))
     }
 
     fn array<const N: usize>(self, offset: usize) -> Read<[u8; N]> {
@@ -141,7 +147,7 @@ impl<'a> Cubin<'a> {
     /// What contradicts, in a sentence.
     pub fn parse(bytes: &'a [u8]) -> Read<Self> {
         let file = Bytes(bytes);
-        let identity: [u8; 9] = file.array(0).map_err(|_| format!("{} bytes are no ELF file", bytes.len()))?;
+        let identity: [u8; 9] = file.array(0).map_err(|_| format!("is no ELF file: it has {}", size(bytes)))?;
         // 64-bit, little-endian, version 1.
         if identity[..7] != *b"\x7fELF\x02\x01\x01" {
             return Err("is no 64-bit ELF file".to_owned());
@@ -222,7 +228,7 @@ impl<'a> Cubin<'a> {
         let names = self.sections.get(table.link as usize).ok_or("names of symbols are in no section")?;
         let (names, table) = (self.contents(names)?, self.contents(table)?);
         if !table.0.len().is_multiple_of(SYMBOL_BYTES) || table.0.len() > SYMBOLS_MAX * SYMBOL_BYTES {
-            return Err(format!("{} bytes of symbols", table.0.len()));
+            return Err(format!("{} of symbols", size(table.0)));
         }
         let mut symbols = Vec::with_capacity(table.0.len() / SYMBOL_BYTES);
         for at in (0..table.0.len()).step_by(SYMBOL_BYTES) {
@@ -291,7 +297,7 @@ impl<'a> Cubin<'a> {
         let end = end.max(table(file.u64(40)?, file.u16(58)?, file.u16(60)?));
         let end = end.max(table(file.u64(32)?, file.u16(54)?, file.u16(56)?));
         let fine = end == self.bytes.len() as u64;
-        fine.then_some(()).ok_or_else(|| format!("has {} bytes, its tables end at {end}", self.bytes.len()))
+        fine.then_some(()).ok_or_else(|| format!("has {}, its tables end at {end}", size(self.bytes)))
     }
 
     /// The kernel of that name.
@@ -377,7 +383,7 @@ impl<'a> Cubin<'a> {
         let labels = self.contents(section)?.range(symbol.value, symbol.bytes)?;
         match labels.as_chunks() {
             (labels, []) => Ok(labels.iter().collect()),
-            _ => Err(format!("{} bytes of labels", labels.len())),
+            _ => Err(format!("{} of labels", size(labels))),
         }
     }
 }

@@ -15,14 +15,15 @@ use std::time::{Duration, Instant};
 
 use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
 use comfy_table::{CellAlignment, Table};
+use planfile::frozen::FrozenSummary;
 use planfile::plan::{Action, Plan, PlanEntry, Step};
-use planfile::text::count;
+use planfile::text::{count, few};
 use planfile::{PlanFile, Tensor};
 use serde::Serialize;
 
 use super::exit::Failure;
 use super::report::{bytes_text, time_text};
-use super::run::{Data, DeviceFlags, choose_entry, explained, given_inputs, load};
+use super::run::{Data, DeviceFlags, choose_entry, explained, frozen, frozen_lines, given_inputs, load};
 use crate::gpus::DeviceMemoryReport;
 use crate::{Context, RuntimeError, StepTime};
 
@@ -44,6 +45,8 @@ pub struct BenchFlags {
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct BenchReport {
     pub entry: String,
+    /// Inputs that were not given and have a value of the plan's own.
+    pub frozen: Vec<FrozenSummary>,
     pub ranks: u32,
     /// Of a virtual device; 0 on GPUs.
     pub threads_per_device: usize,
@@ -130,6 +133,7 @@ pub fn bench(
     let (median_seconds, predicted_seconds) = (median(&times).as_secs_f64(), entry.predicted_ns as f64 * 1e-9);
     Ok(BenchReport {
         entry: entry.name.clone(),
+        frozen: frozen(entry, data, &inputs),
         ranks: plan.manifest.ranks,
         threads_per_device: if session.is_on_gpus() { 0 } else { context.threads_per_device() },
         runs: flags.runs.get(),
@@ -273,6 +277,7 @@ impl BenchReport {
             self.runs_per_second,
             self.devices(),
         );
+        text.push_str(&frozen_lines(&self.frozen));
         if let Some(seconds) = self.end_to_end_median_seconds {
             text.push_str(&format!("with inputs and outputs in host memory: median {}\n", time(seconds)));
         }
@@ -301,7 +306,7 @@ impl BenchReport {
                 format!("{:.1}", step.operations_per_second * 1e-9),
                 format!("{:.1}", step.bytes_per_second * 1e-9),
                 share_text(step.roofline_share),
-                step.origin.join(" "),
+                few(&step.origin),
             ]);
         }
         for column in 2..7 {
@@ -407,6 +412,7 @@ mod tests {
         assert_eq!([0.5, 1.0, 1.004, 1.3].map(share_text), ["50 %", "100 %", "100 %", "130 % !"]);
         let mut report = BenchReport {
             entry: "main".to_owned(),
+            frozen: vec![],
             ranks: 1,
             threads_per_device: 1,
             runs: 1,

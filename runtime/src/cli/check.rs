@@ -2,15 +2,16 @@
 
 use comfy_table::Table;
 use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
+use planfile::frozen::FrozenSummary;
 use planfile::plan::Plan;
-use planfile::text::count;
+use planfile::text::{count, few};
 use planfile::{DType, PlanFile};
 use serde::Serialize;
 
 use super::bench::what;
 use super::comparison::{ComparisonReport, ToleranceFlags, ToleranceReport};
 use super::exit::{Exit, Failure};
-use super::run::{Data, DeviceFlags, choose_entry, explained, given_inputs, load};
+use super::run::{Data, DeviceFlags, choose_entry, explained, frozen, frozen_lines, given_inputs, load};
 use crate::check::{Checker, Deviation, distance, tolerance};
 use crate::compare::Elements;
 use crate::error::{RuntimeError, StepError};
@@ -24,6 +25,8 @@ const SHOWN_STEPS: usize = 10;
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct CheckReport {
     pub entry: String,
+    /// Inputs that were not given and have a value of the plan's own.
+    pub frozen: Vec<FrozenSummary>,
     pub ranks: u32,
     /// Steps that were compared, each on all ranks that run it.
     pub steps: usize,
@@ -123,6 +126,7 @@ pub fn check(
     };
     Ok(CheckReport {
         entry: entry.name.clone(),
+        frozen: frozen(entry, data, &inputs),
         ranks: plan.manifest.ranks,
         steps: steps.len(),
         uncompared: checker.uncompared(),
@@ -212,6 +216,7 @@ impl CheckReport {
             self.beyond,
             self.step_tolerance,
         );
+        text.push_str(&frozen_lines(&self.frozen));
         if self.uncompared > 0 {
             let exchanges = count(self.uncompared as u64, "exchange");
             text.push_str(&format!("not compared, for a rank's record is missing: {exchanges}\n"));
@@ -220,7 +225,7 @@ impl CheckReport {
             text.push_str(&format!(
                 "the first: step #{step} of program {program}, {what}, from {}: {largest:.2e} of the largest, {relative:.2e} \
                  in the norm\n",
-                if origin.is_empty() { "no node".to_owned() } else { origin.join(", ") },
+                if origin.is_empty() { "no node".to_owned() } else { few(origin) },
             ));
             text.extend(failure.as_ref().map(|failure| failure.failure_text("its result")));
         }
@@ -235,7 +240,7 @@ impl CheckReport {
                 step.allowed.map_or_else(String::new, |allowed| format!("{allowed:.1e}")),
                 format!("{:.2e}", step.relative),
                 if step.passed { "ok" } else { "BEYOND" }.to_owned(),
-                step.origin.join(" "),
+                few(&step.origin),
             ]);
         }
         text.push_str(&format!("{table}\n"));

@@ -11,7 +11,7 @@ use cpu::CpuError;
 use planfile::frozen::FrozenSummary;
 use planfile::plan::PlanEntry;
 use planfile::printable::printable;
-use planfile::text::count;
+use planfile::text::{count, few};
 use planfile::{PlanFile, Tensor};
 use serde::Serialize;
 
@@ -101,8 +101,8 @@ pub fn choose_entry<'a>(session: &'a Session, name: Option<&str>) -> Result<&'a 
         (Some(name), _) => Ok(session.entry(name)?),
         (None, [entry]) => Ok(entry),
         (None, entries) => {
-            let names: Vec<&str> = entries.iter().map(|entry| entry.name.as_str()).collect();
-            Err(Failure::new(Exit::Usage, format!("choose one of the entries with --entry: {}", names.join(", "))))
+            let names = few(entries.iter().map(|entry| &entry.name));
+            Err(Failure::new(Exit::Usage, format!("choose one of the entries with --entry: {names}")))
         }
     }
 }
@@ -122,8 +122,7 @@ pub fn run(
     let (session, devices) = load(file, flags)?;
     let entry = choose_entry(&session, entry)?;
     let inputs = given_inputs(entry, data)?;
-    let is_frozen = |input: &str| matches!(data, Data::Random) || !inputs.contains_key(input);
-    let frozen = entry.frozen.iter().filter(|frozen| is_frozen(&frozen.input)).map(FrozenSummary::from).collect();
+    let frozen = frozen(entry, data, &inputs);
     let (references, kind) = match data {
         Data::Random => (&[][..], "random"),
         Data::Npz(_) => (&[][..], "npz"),
@@ -219,6 +218,17 @@ fn by_name(entry: &PlanEntry, data: &TestData) -> Result<BTreeMap<String, Tensor
     Ok(entry.inputs.iter().map(|port| port.name.clone()).zip(data.inputs.iter().cloned()).collect())
 }
 
+/// Inputs of the entry that were not given and have a value of the plan's own.
+pub(super) fn frozen(entry: &PlanEntry, data: Data<'_>, given: &BTreeMap<String, Tensor>) -> Vec<FrozenSummary> {
+    let is_given = |input: &str| !matches!(data, Data::Random) && given.contains_key(input);
+    entry.frozen.iter().filter(|frozen| !is_given(&frozen.input)).map(FrozenSummary::from).collect()
+}
+
+/// The inputs that a run took from the plan, a line each.
+pub(super) fn frozen_lines(frozen: &[FrozenSummary]) -> String {
+    frozen.iter().map(|frozen| format!("frozen {}\n", frozen.text())).collect()
+}
+
 fn output_report(name: &str, tensor: &Tensor, reference: Option<&Tensor>, tolerance: Tolerance) -> OutputReport {
     let values = to_f64s(tensor);
     // NaN wins: a report that hides one is worse than none.
@@ -268,7 +278,7 @@ impl RunReport {
             1 => " but for one that is frozen",
             _ => " but for those that are frozen",
         };
-        let frozen: String = self.frozen.iter().map(|frozen| format!("frozen {}\n", frozen.text())).collect();
+        let frozen = frozen_lines(&self.frozen);
         let (entry, inputs) = (&self.entry, self.inputs);
         let mut text = format!("ran `{entry}` on {devices} with {inputs} inputs{but} in {time}\n{frozen}{table}\n");
         text.extend(self.tolerance.as_ref().map(ToleranceReport::text));

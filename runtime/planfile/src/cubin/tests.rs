@@ -45,7 +45,7 @@ fn no_part_of_a_file_is_a_file() {
     for end in 0..bytes.len() {
         assert!(Cubin::parse(&bytes[..end]).is_err(), "{end} of {} bytes", bytes.len());
     }
-    assert_eq!(why(&bytes[..1]), "1 bytes are no ELF file");
+    assert_eq!(why(&bytes[..1]), "is no ELF file: it has 1 byte");
     let longer = [&bytes[..], &[0]].concat();
     assert_eq!(why(&longer), format!("has {} bytes, its tables end at {}", longer.len(), bytes.len()));
 }

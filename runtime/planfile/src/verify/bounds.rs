@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use super::{ARENA_ALIGN, sound_bytes};
 use crate::expr::RankScalar;
 use crate::plan::{Argument, Place, Plan, PlanState, Program};
+use crate::text::count;
 use crate::types::{Dim, ExtentId};
 
 /// Sizes of the memories that a program's ranks have.
@@ -65,7 +66,7 @@ impl<'a> Bounds<'a> {
             return Err(format!("offset {offset} is not a multiple of {ARENA_ALIGN}"));
         }
         if offset.checked_add(bytes).is_none_or(|end| end > size) {
-            return Err(format!("{bytes} bytes at {offset} of {size} of the {}", memory_name(&place.at)));
+            return Err(format!("{} at {offset} of {size} of the {}", count(bytes, "byte"), memory_name(&place.at)));
         }
         Ok(())
     }

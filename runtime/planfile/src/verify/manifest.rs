@@ -7,6 +7,7 @@ use crate::architecture::Architecture;
 use crate::frozen::FrozenInput;
 use crate::plan::{MAX_PREDICTED_NS, Manifest, Plan, PlanEntry, PlanPort};
 use crate::spec::{Recipe, Source, SourceFile};
+use crate::text::count;
 use crate::types::TensorType;
 
 pub(super) fn check(plan: &Plan, report: &mut Report) {
@@ -77,7 +78,7 @@ fn check_entry(entry: &PlanEntry, report: &mut Report) {
         let bytes = sound_bytes(&value.ty);
         let fine = bytes.and_then(|bytes| {
             let fine = bytes == value.data.len() as u64;
-            fine.then_some(()).ok_or_else(|| format!("{} bytes for {}", value.data.len(), value.ty))
+            fine.then_some(()).ok_or_else(|| format!("{} for {}", count(value.data.len() as u64, "byte"), value.ty))
         });
         let fine = fine.and_then(|()| match ports.get(name.as_str()) {
             Some(port) if port.ty == value.ty => Ok(()),
@@ -105,11 +106,11 @@ fn check_recipe(recipe: &Recipe, files: &[SourceFile]) -> Result<(), String> {
             Source::File { file, offset } => {
                 let file = files.get(*file as usize).ok_or_else(|| format!("the recipe reads file {file}"))?;
                 if offset.checked_add(bytes).is_none_or(|end| end > file.bytes) {
-                    return Err(format!("the recipe reads {bytes} bytes at {offset} of `{}`", file.name));
+                    return Err(format!("the recipe reads {} at {offset} of `{}`", count(bytes, "byte"), file.name));
                 }
             }
             Source::Inline(data) if data.len() as u64 != bytes => {
-                return Err(format!("the recipe holds {} bytes for {}", data.len(), input.ty));
+                return Err(format!("the recipe holds {} for {}", count(data.len() as u64, "byte"), input.ty));
             }
             Source::Inline(_) | Source::Random { .. } => {}
         }

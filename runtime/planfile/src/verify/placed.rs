@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use super::{ARENA_ALIGN, Report, sound_bytes, splits};
 use crate::plan::{Manifest, PlacedWeight, Plan};
+use crate::text::count;
 
 pub(super) fn check(plan: &Plan, stages: &BTreeMap<u32, Vec<u32>>, report: &mut Report) {
     let manifest = &plan.manifest;
@@ -46,7 +47,10 @@ fn check_one(manifest: &Manifest, placed: &PlacedWeight, stages: &BTreeMap<u32, 
     for &rank in &placed.ranks {
         let arena = manifest.weight_arena_bytes.get(rank as usize).copied().unwrap_or(0);
         if end > arena {
-            return Err(named(format!("{bytes} bytes at {offset} of {arena} of the weight arena of rank {rank}")));
+            return Err(named(format!(
+                "{} at {offset} of {arena} of the weight arena of rank {rank}",
+                count(bytes, "byte")
+            )));
         }
     }
     if placed.images.len() != placed.ranks.len() {
@@ -55,7 +59,7 @@ fn check_one(manifest: &Manifest, placed: &PlacedWeight, stages: &BTreeMap<u32, 
     for &image in &placed.images {
         if image.checked_add(bytes).is_none_or(|end| end > manifest.image_bytes) {
             let all = manifest.image_bytes;
-            return Err(named(format!("image of {bytes} bytes at {image} of {all} of the weights section")));
+            return Err(named(format!("image of {} at {image} of {all} of the weights section", count(bytes, "byte"))));
         }
     }
     Ok(end)

@@ -12,6 +12,7 @@ use crate::plan::{
     Action, Argument, CollectiveAlgorithm, Edge, EdgeKind, Implementation, LaunchShape, Library, Place, Plan, Program,
     Step, StepCost,
 };
+use crate::text::count;
 use crate::types::TensorType;
 
 /// Most threads of a block, in all and by dimension.
@@ -225,8 +226,9 @@ impl Context<'_> {
             _ => 0,
         };
         let fine = algorithm.is_empty() || algorithm.len() == bytes;
-        fine.then_some(())
-            .ok_or_else(|| format!("an algorithm of {} bytes, its library's have {bytes}", algorithm.len()))
+        fine.then_some(()).ok_or_else(|| {
+            format!("an algorithm of {}, its library's have {bytes}", count(algorithm.len() as u64, "byte"))
+        })
     }
 
     fn collective(&self, op: &Op, operands: &[Place], results: &[Place], algorithm: CollectiveAlgorithm) -> Checked {

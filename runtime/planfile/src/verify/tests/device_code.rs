@@ -170,8 +170,8 @@ fn code_takes_what_it_is_given_and_fits_the_device() {
 
 #[test]
 fn damaged_code_is_no_code() {
-    lie("code 0: 1 bytes are no ELF file", |plan| plan.code[0].cubin.truncate(1));
-    lie("code 0: 0 bytes are no ELF file", |plan| plan.code[0].cubin.clear());
+    lie("code 0: is no ELF file: it has 1 byte", |plan| plan.code[0].cubin.truncate(1));
+    lie("code 0: is no ELF file: it has 0 bytes", |plan| plan.code[0].cubin.clear());
     lie("code 0: segment ", |plan| *plan.code[0].cubin.last_mut().unwrap() ^= 0xff);
     lie("code 0: ", |plan| {
         let half = plan.code[0].cubin.len() / 2;
@@ -226,7 +226,8 @@ fn algorithm(plan: &mut Plan, bytes: usize) {
 #[test]
 fn algorithms_are_of_their_library() {
     for bytes in [1, 3, 63, 65, 128] {
-        let expected = format!("step #0: an algorithm of {bytes} bytes, its library's have 64");
+        let given = crate::text::count(bytes as u64, "byte");
+        let expected = format!("step #0: an algorithm of {given}, its library's have 64");
         lie(&expected, |plan| algorithm(plan, bytes));
     }
     // What 64 bytes mean is known to cuBLASLt alone.
