@@ -46,7 +46,7 @@ pub fn run(mut module: Module, settings: &Settings<'_>) -> Result<Module, PassEr
             edit.add(op, &operands, &node.origin)
         })?;
     }
-    Ok(module.compacted())
+    Ok(module.without_unread_weights())
 }
 
 /// An operand that would be taken along if it were rounded.

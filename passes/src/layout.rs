@@ -34,7 +34,7 @@ pub fn run(mut module: Module, settings: &Settings<'_>) -> Result<Module, PassEr
     for graph in graphs.iter_mut() {
         *graph = graph.rewrite_with(&mut Layout::new(weights, settings.options.allow_tf32))?;
     }
-    Ok(module.compacted())
+    Ok(module.without_unread_weights())
 }
 
 /// Whether the node is a convolution that is faster with channels last.

@@ -47,7 +47,7 @@ pub fn run(mut module: Module, settings: &Settings<'_>) -> Result<Module, PassEr
             unpacked(edit, node, panels, &packing).map_err(PassError::from)
         })?;
     }
-    Ok(module.compacted())
+    Ok(module.without_unread_weights())
 }
 
 /// For each weight the packing that all who read it want; none where they differ.

@@ -86,5 +86,5 @@ fn round(module: &Module, bytes: &dyn WeightBytes) -> Result<Module, PassError> 
     }
     let Module { name, mesh, files, states, entries, .. } = module.clone();
     let module = Module { name, mesh, files, weights: weights.into_table(), states, graphs, entries };
-    recipes::run(module.compacted(), bytes)
+    recipes::run(module.without_unread_weights(), bytes)
 }

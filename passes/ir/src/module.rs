@@ -235,11 +235,6 @@ impl Graph {
         counts
     }
 
-    fn add_value(&mut self, ty: TensorType, def: ValueDef) -> ValueId {
-        self.values.push(Value { ty, def, shard: None });
-        ValueId(self.values.len() as u32 - 1)
-    }
-
     /// Adds a value that no node defines. The same input, weight or state of the same type is added once.
     pub fn add_source(&mut self, ty: TensorType, def: ValueDef) -> ValueId {
         self.add_placed_source(ty, def, None)
@@ -263,11 +258,11 @@ impl Graph {
         if let Some(id) = found {
             return id;
         }
-        // What is known by that key is not it any more.
-        known.remove(&key);
-        let value = self.add_value(key.1, key.0);
-        self.values[value.index()].shard = key.2;
-        value
+        let id = ValueId(self.values.len() as u32);
+        self.values.push(Value { ty: key.1.clone(), def, shard: key.2.clone() });
+        *seen += 1;
+        known.insert(key, id);
+        id
     }
 
     /// Appends a node and its results, whose types follow from the operands'.
@@ -282,13 +277,25 @@ impl Graph {
             origin: origin.first().map(|name| name.to_string()).unwrap_or_default(),
             why,
         })?;
-        let node = NodeId(self.nodes.len() as u32);
-        let positions = 0u32..;
-        let results: Vec<ValueId> =
-            types.into_iter().zip(positions).map(|(ty, i)| self.add_value(ty, ValueDef::Node(node, i))).collect();
-        let (operands, origin) = (operands.to_vec(), Arc::clone(origin));
-        self.nodes.push(Node { op, operands, results: results.clone(), origin });
-        Ok(results)
+        let results = types.into_iter().map(|ty| (ty, None)).collect();
+        Ok(self.push(op, operands.to_vec(), results, origin))
+    }
+
+    /// Appends a node whose results are known.
+    pub(crate) fn push(
+        &mut self,
+        op: Op,
+        operands: Vec<ValueId>,
+        results: Vec<(TensorType, Option<Shard>)>,
+        origin: &Origin,
+    ) -> Vec<ValueId> {
+        let (node, first) = (NodeId(self.nodes.len() as u32), self.values.len() as u32);
+        for ((ty, shard), position) in results.into_iter().zip(0u32..) {
+            self.values.push(Value { ty, def: ValueDef::Node(node, position), shard });
+        }
+        let results: Vec<ValueId> = (first..self.values.len() as u32).map(ValueId).collect();
+        self.nodes.push(Node { op, operands, results: results.clone(), origin: Arc::clone(origin) });
+        results
     }
 
     /// Has the value leave the graph as the entry's output number `position`.

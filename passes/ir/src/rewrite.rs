@@ -18,7 +18,6 @@
 //! shard is the same shard, and what nobody reads in the end is gone. A rewriting that reads outputs in a way of its own,
 //! or keeps values in more than one form, is a [`Rewrite`].
 
-use std::collections::HashSet;
 use std::fmt::Display;
 use std::ops::Deref;
 
@@ -97,14 +96,14 @@ pub struct Edit<'a> {
     new: Graph,
     /// For each old value the new one that stands for it.
     values: Vec<Option<ValueId>>,
-    /// New values that stand for an old one.
-    taken: HashSet<ValueId>,
+    /// For each new value, as far as asked, whether it stands for an old one.
+    taken: Vec<bool>,
 }
 
 impl<'a> Edit<'a> {
     fn new(old: Old<'a>) -> Self {
         let new = Graph { ranks: old.ranks.clone(), ..Graph::new(&old.name) };
-        Self { old, new, values: vec![None; old.graph.values.len()], taken: HashSet::new() }
+        Self { old, new, values: vec![None; old.graph.values.len()], taken: Vec::new() }
     }
 
     /// The graph as it was.
@@ -142,9 +141,11 @@ impl<'a> Edit<'a> {
     /// From now on the new value stands for the old one. A node's result is the shard of what it stands for first.
     pub fn set(&mut self, old: ValueId, new: ValueId) {
         self.values[old.index()] = Some(new);
+        self.taken.resize(self.new.values.len(), false);
+        let taken = std::mem::replace(&mut self.taken[new.index()], true);
         let (was, is) = (self.old.graph.value(old), &mut self.new.values[new.index()]);
-        let free = self.taken.insert(new) && is.shard.is_none() && matches!(is.def, ValueDef::Node(..));
-        if free && is.ty.sizes() == was.ty.sizes() {
+        let free = !taken && is.shard.is_none() && matches!(is.def, ValueDef::Node(..));
+        if free && has_sizes_of(&is.ty, &was.ty) {
             is.shard.clone_from(&was.shard);
         }
     }
@@ -163,7 +164,14 @@ impl<'a> Edit<'a> {
     /// As [`Self::value`], and [`IrError::Type`] where the operands do not fit any more.
     pub fn keep(&mut self, node: &Node) -> Result<Vec<ValueId>, IrError> {
         let operands = self.operands(node)?;
-        self.new.add(node.op.clone(), &operands, &node.origin)
+        let old = self.old.graph;
+        if operands.iter().zip(&node.operands).any(|(&is, &was)| self.new.ty(is) != old.ty(was)) {
+            return self.new.add(node.op.clone(), &operands, &node.origin);
+        }
+        // Types follow from the operands', which are what they were.
+        let result = |&result: &ValueId| (old.ty(result).clone(), old.value(result).shard.clone());
+        let results = node.results.iter().map(result).collect();
+        Ok(self.new.push(node.op.clone(), operands, results, &node.origin))
     }
 
     /// Appends a node and its results, see [`Graph::add`].
@@ -214,13 +222,17 @@ impl<'a> Edit<'a> {
         }
         for (&old, new) in node.results.iter().zip(made) {
             let (was, is) = (self.old.graph.ty(old), self.new.ty(new));
-            if was.sizes() != is.sizes() {
+            if !has_sizes_of(is, was) {
                 return Err(self.fault(format!("{is} stands for {was}, a result of {}", node.op.name())).into());
             }
             self.set(old, new);
         }
         Ok(())
     }
+}
+
+fn has_sizes_of(ty: &TensorType, other: &TensorType) -> bool {
+    ty.dims == other.dims || ty.sizes() == other.sizes()
 }
 
 impl Graph {
@@ -256,6 +268,9 @@ impl Graph {
     #[must_use]
     pub fn compacted(self) -> Self {
         let kept = self.live_nodes();
+        if kept.iter().all(|&kept| kept) && self.is_numbered_by_use() {
+            return self;
+        }
         let Self { name, values, nodes, outputs, ranks, .. } = self;
         let mut values: Vec<_> = values.into_iter().map(Some).collect();
         let mut compacted = Self { ranks, ..Self::new(&name) };
@@ -284,6 +299,20 @@ impl Graph {
             compacted.outputs.push(Output { position, value });
         }
         compacted
+    }
+
+    /// Whether values are numbered as they are met, without one that nobody meets.
+    fn is_numbered_by_use(&self) -> bool {
+        let met = self.nodes.iter().flat_map(|node| node.operands.iter().chain(&node.results).copied());
+        let mut next = 0;
+        for value in met.chain(self.outputs.iter().map(|output| output.value)) {
+            match value.index() {
+                known if known < next => {}
+                index if index == next => next += 1,
+                _ => return false,
+            }
+        }
+        next == self.values.len()
     }
 
     /// For each node, whether it has effects or anyone reads a result.
@@ -318,13 +347,19 @@ impl Module {
         for graph in &mut self.graphs {
             *graph = graph.rewrite(&mut node)?;
         }
-        Ok(self.compacted())
+        Ok(self.without_unread_weights())
     }
 
     /// Without nodes, values and weights that nobody reads. Ports of entries, files and states stay.
     #[must_use]
     pub fn compacted(mut self) -> Self {
         self.graphs = self.graphs.into_iter().map(Graph::compacted).collect();
+        self.without_unread_weights()
+    }
+
+    /// Without weights that no graph has as a value.
+    #[must_use]
+    pub fn without_unread_weights(mut self) -> Self {
         let mut read = vec![false; self.weights.len()];
         for value in self.graphs.iter().flat_map(|graph| &graph.values) {
             if let ValueDef::Weight(id) = value.def {

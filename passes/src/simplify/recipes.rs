@@ -45,6 +45,9 @@ pub(super) fn run(mut module: Module, bytes: &dyn WeightBytes) -> Result<Module,
     let mut budget = Budget::new(&module.weights);
     for graph in &mut module.graphs {
         let absorbed = absorbed(graph, &mut weights, &mut budget);
+        if absorbed.is_empty() {
+            continue;
+        }
         // What made them has no readers then, and goes.
         *graph = graph.rewrite(|edit, node| {
             let mut kept = edit.keep(node)?;
@@ -57,7 +60,7 @@ pub(super) fn run(mut module: Module, bytes: &dyn WeightBytes) -> Result<Module,
         })?;
     }
     module.weights = weights.into_table();
-    Ok(module.compacted())
+    Ok(module.without_unread_weights())
 }
 
 /// Elements that recipes may still make.
