@@ -10,7 +10,7 @@
 
 use std::collections::HashMap;
 
-use ir::{Module, Node, Old, ValueDef, Weight, WeightId};
+use ir::{Derived, Module, Node, Old, ValueDef, Weight, WeightId};
 use kernels::cuda::{self, CudaTarget};
 use planfile::{DType, Dim, Expr, ExprOp, Op, Spec, SpecNode, TensorType};
 
@@ -24,22 +24,13 @@ use crate::settings::Settings;
 /// [`PassError::Ir`] if a type does not follow.
 pub fn run(mut module: Module, settings: &Settings<'_>) -> Result<Module, PassError> {
     let Some(target) = settings.cuda() else { return Ok(module) };
-    let mut rounded: HashMap<(WeightId, DType), WeightId> = HashMap::new();
-    let Module { graphs, weights, .. } = &mut module;
-    for graph in graphs.iter_mut() {
+    let mut rounded = Derived::new(&mut module.weights);
+    for graph in &mut module.graphs {
         *graph = graph.rewrite(|edit, node| {
             let Some(Bias { operand, weight, op, ty }) = bias(edit.old(), node, &target) else {
                 return edit.keep(node);
             };
-            let new = match rounded.get(&(weight, ty.dtype)) {
-                Some(&known) => known,
-                None => {
-                    weights.push(cast(&weights[weight.index()], ty.dtype).map_err(|why| edit.fault(why))?);
-                    let new = WeightId(weights.len() as u32 - 1);
-                    rounded.insert((weight, ty.dtype), new);
-                    new
-                }
-            };
+            let new = rounded.get(weight, ty.dtype, |weight| cast(weight, ty.dtype).map_err(|why| edit.fault(why)))?;
             let mut operands = edit.operands(node)?;
             let shard = edit.old().value(node.operands[operand]).shard.clone();
             operands[operand] = edit.add_placed_source(ty, ValueDef::Weight(new), shard);

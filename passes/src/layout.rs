@@ -14,7 +14,7 @@
 
 use std::collections::HashMap;
 
-use ir::{Edit, Graph, IrError, Module, Node, Origin, Output, Placement, Rewrite, ValueDef, ValueId, Weight, WeightId};
+use ir::{Derived, Edit, Graph, IrError, Module, Node, Origin, Output, Placement, Rewrite, ValueDef, ValueId, Weight};
 use kernels::cuda::{channels_first, channels_last};
 use planfile::op::Window;
 use planfile::{DType, Dim, ExprOp, Op, TensorType};
@@ -30,9 +30,9 @@ pub fn run(mut module: Module, settings: &Settings<'_>) -> Result<Module, PassEr
     if settings.target.device.architecture.is_host() {
         return Ok(module);
     }
-    let Module { graphs, weights, .. } = &mut module;
-    for graph in graphs.iter_mut() {
-        *graph = graph.rewrite_with(&mut Layout::new(weights, settings.options.allow_tf32))?;
+    let mut filters = Derived::new(&mut module.weights);
+    for graph in &mut module.graphs {
+        *graph = graph.rewrite_with(&mut Layout::new(&mut filters, settings.options.allow_tf32))?;
     }
     Ok(module.without_unread_weights())
 }
@@ -70,18 +70,17 @@ fn is_patches(window: &Window, image: &TensorType) -> bool {
 const RANK: usize = 4;
 
 /// Where images are whose channels are last.
-struct Layout<'a> {
-    weights: &'a mut Vec<Weight>,
+struct Layout<'f, 'w> {
+    /// Filters with channels last.
+    filters: &'f mut Derived<'w, ()>,
     allow_tf32: bool,
     /// By the old value; what stands for it in the graph has its own order, and may not be there.
     last: HashMap<ValueId, ValueId>,
-    /// Filters with channels last.
-    filters: HashMap<WeightId, WeightId>,
     to_last: Vec<u8>,
     from_last: Vec<u8>,
 }
 
-impl Rewrite for Layout<'_> {
+impl Rewrite for Layout<'_, '_> {
     type Error = IrError;
 
     fn node(&mut self, edit: &mut Edit<'_>, node: &Node) -> Result<Vec<ValueId>, IrError> {
@@ -104,14 +103,13 @@ impl Rewrite for Layout<'_> {
     }
 }
 
-impl<'a> Layout<'a> {
-    fn new(weights: &'a mut Vec<Weight>, allow_tf32: bool) -> Self {
+impl<'f, 'w> Layout<'f, 'w> {
+    fn new(filters: &'f mut Derived<'w, ()>, allow_tf32: bool) -> Self {
         let permutation = |made: Option<Vec<u8>>| made.unwrap_or_default();
         Self {
-            weights,
+            filters,
             allow_tf32,
             last: HashMap::new(),
-            filters: HashMap::new(),
             to_last: permutation(channels_last(RANK)),
             from_last: permutation(channels_first(RANK)),
         }
@@ -291,17 +289,9 @@ impl<'a> Layout<'a> {
         let ValueDef::Weight(id) = edit.old().value(value).def else {
             return Err(edit.fault(format!("{value} is no weight")));
         };
-        let new = match self.filters.get(&id) {
-            Some(&known) => known,
-            None => {
-                let made = transposed(&self.weights[id.index()], &self.to_last).map_err(|why| edit.fault(why))?;
-                self.weights.push(made);
-                let new = WeightId(self.weights.len() as u32 - 1);
-                self.filters.insert(id, new);
-                new
-            }
-        };
-        Ok(edit.add_source(self.weights[new.index()].ty.clone(), ValueDef::Weight(new)))
+        let last = |weight: &Weight| transposed(weight, &self.to_last).map_err(|why| edit.fault(why));
+        let new = self.filters.get(id, (), last)?;
+        Ok(edit.add_source(self.filters.weight(new).ty.clone(), ValueDef::Weight(new)))
     }
 }
 

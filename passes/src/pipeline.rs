@@ -101,4 +101,14 @@ mod tests {
         let message = run_with(options).unwrap_err().to_string();
         assert!(message.contains("no pass `simplfy`") && message.contains("simplify"), "{message}");
     }
+
+    #[test]
+    fn what_is_wrong_with_a_graph_is_the_fault_of_its_pass() {
+        fn wrong(module: Module, _: &Settings<'_>) -> Result<Module, PassError> {
+            Err(ir::IrError::Graph { graph: module.name, why: "something".to_owned() }.into())
+        }
+        let row = Pass { name: "wrong", run: wrong };
+        let error = advance(Module::default(), &[row], &Machine::new(CPU).settings(), &mut |_, _| {}).unwrap_err();
+        assert!(matches!(error, PassError::Invalid { pass: "wrong", .. }), "{error}");
+    }
 }

@@ -10,7 +10,7 @@
 use std::collections::HashMap;
 
 use cpu::panels::{Packing, packing};
-use ir::{Edit, Graph, IrError, Module, Node, Placement, Shard, ValueDef, ValueId, Weight, WeightId};
+use ir::{Derived, Edit, Graph, IrError, Module, Node, Placement, Shard, ValueDef, ValueId, Weight, WeightId};
 use planfile::{Buffer, DType, Op, Recipe, RecipeInput, Source, SpecNode, TensorType};
 
 use crate::error::PassError;
@@ -27,23 +27,14 @@ pub fn run(mut module: Module, settings: &Settings<'_>) -> Result<Module, PassEr
         return Ok(module);
     }
     let wanted = wanted(&module);
-    let mut packed: HashMap<WeightId, WeightId> = HashMap::new();
-    let Module { graphs, weights, .. } = &mut module;
-    for graph in graphs.iter_mut() {
+    let mut packed = Derived::new(&mut module.weights);
+    for graph in &mut module.graphs {
         *graph = graph.rewrite(|edit, node| {
             let Some((id, packing)) = choose(&edit.old(), node) else { return Ok(edit.keep(node)?) };
             if wanted.get(&id) != Some(&Some(packing.clone())) {
                 return Ok(edit.keep(node)?);
             }
-            let panels = match packed.get(&id) {
-                Some(&known) => known,
-                None => {
-                    let new = WeightId(weights.len() as u32);
-                    weights.push(pack(&weights[id.index()], &packing)?);
-                    packed.insert(id, new);
-                    new
-                }
-            };
+            let panels = packed.get(id, (), |weight| pack(weight, &packing))?;
             unpacked(edit, node, panels, &packing).map_err(PassError::from)
         })?;
     }

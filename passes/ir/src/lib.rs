@@ -18,4 +18,4 @@ pub use module::{
     Entry, Graph, MAX_ORIGIN_NAMES, Module, Node, Origin, Output, Port, Shard, State, Value, ValueDef, Weight,
     joined_origin, origin,
 };
-pub use rewrite::{Edit, Old, Rewrite};
+pub use rewrite::{Derived, Edit, Old, Rewrite};

@@ -1,9 +1,23 @@
 //! The one way to change a graph: it is built anew, and a closure says for each node what becomes of it.
 //!
-//!     graph.rewrite(|edit, node| match &node.op {
-//!         Op::AllGather { axis, .. } if is_inner(edit.old(), node) => gather_rows(edit, node, *axis),
-//!         _ => edit.keep(node),
-//!     })
+//! ```
+//! use planfile::Op;
+//! # let module = ir::text::parse_lines("
+//! #     %x: f32[2, 3]
+//! #     %t = transpose %x [0, 1]
+//! #     %y = pointwise %t {exp($0)}
+//! #     return %y
+//! # ")?;
+//! # let graph = &module.graphs[0];
+//!
+//! // Without transpositions that move nothing.
+//! let graph = graph.rewrite(|edit, node| match &node.op {
+//!     Op::Transpose { permutation } if permutation.is_sorted() => edit.operands(node),
+//!     _ => edit.keep(node),
+//! })?;
+//! # assert_eq!(graph.nodes().len(), 1);
+//! # Ok::<_, ir::IrError>(())
+//! ```
 //!
 //! It returns the values of the new graph that stand for the node's results:
 //!
@@ -18,6 +32,10 @@
 //! shard is the same shard, and what nobody reads in the end is gone. A rewriting that reads outputs in a way of its own,
 //! or keeps values in more than one form, is a [`Rewrite`].
 
+mod derived;
+#[cfg(test)]
+mod tests;
+
 use std::fmt::Display;
 use std::ops::Deref;
 
@@ -26,6 +44,8 @@ use planfile::{Op, TensorType};
 use crate::error::IrError;
 use crate::ids::{NodeId, ValueId, WeightId};
 use crate::module::{Graph, Module, Node, Origin, Output, Shard, ValueDef, joined_origin};
+
+pub use derived::Derived;
 
 /// What becomes of each part of a graph.
 pub trait Rewrite {
@@ -382,6 +402,3 @@ impl Module {
         self
     }
 }
-
-#[cfg(test)]
-mod tests;
