@@ -10,11 +10,12 @@
 
 use std::collections::HashMap;
 
-use ir::{Derived, Module, Node, Old, ValueDef, Weight, WeightId};
+use ir::{Derived, Node, Old, ValueDef, Weight, WeightId};
 use kernels::cuda::{self, CudaTarget};
 use planfile::{DType, Dim, Expr, ExprOp, Op, Spec, SpecNode, TensorType};
 
 use crate::error::PassError;
+use crate::phase::Sharded;
 use crate::precision::cast::convert;
 use crate::settings::Settings;
 
@@ -22,8 +23,8 @@ use crate::settings::Settings;
 ///
 /// # Errors
 /// [`PassError::Ir`] if a type does not follow.
-pub fn run(mut module: Module, settings: &Settings<'_>) -> Result<Module, PassError> {
-    let Some(target) = settings.cuda() else { return Ok(module) };
+pub fn run(Sharded(mut module): Sharded, settings: &Settings<'_>) -> Result<Sharded, PassError> {
+    let Some(target) = settings.cuda() else { return Ok(Sharded(module)) };
     let mut rounded = Derived::new(&mut module.weights);
     for graph in &mut module.graphs {
         *graph = graph.rewrite(|edit, node| {
@@ -37,7 +38,7 @@ pub fn run(mut module: Module, settings: &Settings<'_>) -> Result<Module, PassEr
             edit.add(op, &operands, &node.origin)
         })?;
     }
-    Ok(module.without_unread_weights())
+    Ok(Sharded(module.without_unread_weights()))
 }
 
 /// An operand that would be taken along if it were rounded.

@@ -6,12 +6,12 @@ use planfile::plan::{Alternative, Explanations, Plan, PlanAxis};
 use planfile::text::{Duration, count};
 
 use crate::error::{NoKernel, PassError};
+use crate::lower;
 use crate::lower::Assembler;
-use crate::pipeline::{self, PIPELINE, advance};
-use crate::schedule::Scheduled;
+use crate::phase::{Logical, Scheduled, Sharded};
+use crate::pipeline::{self, LOGICAL, Pipeline, SHARD};
 use crate::settings::{MeshChoice, Settings};
 use crate::shard::{self, IdleAxis};
-use crate::{lower, schedule};
 
 /// A plan, and what its user should know about it.
 #[derive(Debug)]
@@ -78,60 +78,107 @@ pub fn without_kernels(module: Module, settings: &Settings<'_>) -> Result<Vec<(S
     }
 }
 
-/// The module with steps and memory, why its mesh was chosen, and what its user should know.
+/// What became of a module, why its mesh was chosen, and what its user should know.
+type Explained = (Scheduled, Explanations, Vec<Warning>);
+
+/// Takes the module as far as memory. `None` when the options stop the pipeline before.
 fn scheduled(
     module: Module,
     settings: &Settings<'_>,
     observer: &mut dyn FnMut(&str, &Module),
-) -> Result<Option<(Scheduled, Explanations, Vec<Warning>)>, PassError> {
+) -> Result<Option<Explained>, PassError> {
     pipeline::check(&settings.options)?;
     verify(&module)?;
-    // Meshes are compared once, on the module that is sharded; the plan keeps the comparison.
-    let (before, after) = PIPELINE.split_at(PIPELINE.iter().position(|pass| pass.name == "shard").unwrap_or(0));
-    let (module, stopped) = advance(module, before, settings, observer)?;
-    if stopped {
-        return Ok(None);
-    }
-    let mut settings = settings.clone();
-    let mut explanations = Explanations::default();
-    if let MeshChoice::Devices(devices) = settings.shard.mesh {
-        let ranking = shard::rank_meshes(&module, devices, &settings)?;
-        if let Some(((mesh, ns), others)) = ranking.split_first() {
-            explanations.sharding.push(explain(mesh, *ns, ranking.len() as u64, devices));
-            explanations.alternatives = others.iter().map(|(mesh, ns)| alternative(mesh, *ns)).collect();
-            settings.shard.mesh = MeshChoice::Fixed(mesh.clone());
+    let mut pipeline = Pipeline { settings: settings.clone(), observer };
+    let Some(logical) = pipeline.passes(LOGICAL, Logical(module))? else { return Ok(None) };
+    let choice = Choice::new(&logical, settings)?;
+    pipeline.settings.shard.mesh = MeshChoice::Fixed(choice.mesh.clone());
+    let whole = (choice.mesh.ranks() > 1).then(|| logical.clone());
+    let Some(sharded) = pipeline.pass(&SHARD, logical)? else { return Ok(None) };
+    let placed = whole.as_ref().map(|Logical(whole)| Placed::new(whole, &sharded, &pipeline.settings));
+    let Some(scheduled) = pipeline.finish(sharded)? else { return Ok(None) };
+    let predicted_ns = scheduled.predicted_ns();
+    let mut explanations = choice.explained(predicted_ns);
+    let mut warnings = Vec::new();
+    if let (Some(whole), Some(placed)) = (whole, placed) {
+        explanations.sharding.extend(placed.whole);
+        warnings.extend(placed.idle.into_iter().map(Warning::IdleAxis));
+        let one_device_ns = predicted(whole, &Mesh::default(), settings)?;
+        let ranks = choice.mesh.ranks();
+        if let Some(one_device_ns) = one_device_ns.filter(|&one_device_ns| one_device_ns <= predicted_ns) {
+            let slower = Warning::Slower { ranks, predicted_ns, one_device_ns };
+            explanations.sharding.push(slower.text());
+            warnings.push(slower);
         }
     }
-    let logical = matches!(&settings.shard.mesh, MeshChoice::Fixed(mesh) if mesh.ranks() > 1).then(|| module.clone());
-    let (shard_row, rest) = after.split_at(after.len().min(1));
-    let (module, stopped) = advance(module, shard_row, &settings, observer)?;
-    if stopped {
-        return Ok(None);
-    }
-    let mut warnings = Vec::new();
-    if let Some(logical) = logical {
-        explanations.sharding.extend(shard::whole(&logical, &module, settings.target).text(&module.mesh));
-        warnings = judge(&logical, &module, &settings)?;
-        let slower = warnings.iter().filter(|warning| matches!(warning, Warning::Slower { .. }));
-        explanations.sharding.extend(slower.map(Warning::text));
-    }
-    let (module, stopped) = advance(module, rest, &settings, observer)?;
-    if stopped {
-        return Ok(None);
-    }
-    Ok(Some((schedule::run(module, settings.cuda().as_ref())?, explanations, warnings)))
+    Ok(Some((scheduled, explanations, warnings)))
 }
 
-/// What there is to say about a module that was placed on several devices. `logical`: before that.
-fn judge(logical: &Module, placed: &Module, settings: &Settings<'_>) -> Result<Vec<Warning>, PassError> {
-    let idle = shard::idle_axes(logical, placed, &settings.shard);
-    let mut warnings: Vec<Warning> = idle.into_iter().map(Warning::IdleAxis).collect();
-    let one_device_ns = shard::one_device_ns(logical, settings)?;
-    let predicted_ns = shard::predicted_ns(placed, settings.target);
-    if one_device_ns <= predicted_ns {
-        warnings.push(Warning::Slower { ranks: placed.mesh.ranks(), predicted_ns, one_device_ns });
+/// What there is to say of a module on several devices.
+struct Placed {
+    /// What stayed whole, as a sentence.
+    whole: Option<String>,
+    idle: Vec<IdleAxis>,
+}
+
+impl Placed {
+    fn new(logical: &Module, Sharded(placed): &Sharded, settings: &Settings<'_>) -> Self {
+        let whole = shard::whole(logical, placed, settings.target).text(&placed.mesh);
+        Self { whole, idle: shard::idle_axes(logical, placed, &settings.shard) }
     }
-    Ok(warnings)
+}
+
+/// A mesh, and those that it was compared with.
+struct Choice {
+    mesh: Mesh,
+    /// Devices that a mesh was wanted for; none where it was given.
+    devices: Option<u32>,
+    /// The others with their predicted times, fastest first; last those for which there is no plan.
+    others: Vec<(Mesh, Option<u64>)>,
+}
+
+impl Choice {
+    /// The mesh that is given, or of all for so many devices the one whose plan is predicted to be fastest.
+    fn new(logical: &Logical, settings: &Settings<'_>) -> Result<Self, PassError> {
+        let devices = match &settings.shard.mesh {
+            MeshChoice::Fixed(mesh) => return Ok(Self { mesh: mesh.clone(), devices: None, others: Vec::new() }),
+            &MeshChoice::Devices(devices) => devices,
+        };
+        let candidates = shard::candidate_meshes(&logical.0, devices, settings.shard.batch_dim);
+        let mut ranking = Vec::with_capacity(candidates.len());
+        match <[Mesh; 1]>::try_from(candidates) {
+            // Nothing to compare it with.
+            Ok([only]) => ranking.push((only, None)),
+            Err(candidates) => {
+                for mesh in candidates {
+                    let ns = predicted(logical.clone(), &mesh, settings)?;
+                    ranking.push((mesh, ns));
+                }
+            }
+        }
+        ranking.sort_by_key(|(_, ns)| ns.unwrap_or(u64::MAX));
+        let mut ranking = ranking.into_iter();
+        let (mesh, _) = ranking.next().ok_or_else(|| PassError::invalid("shard", "no candidate mesh"))?;
+        Ok(Self { mesh, devices: Some(devices), others: ranking.collect() })
+    }
+
+    fn explained(&self, predicted_ns: u64) -> Explanations {
+        let Some(devices) = self.devices else { return Explanations::default() };
+        let alternatives = self.others.iter().filter_map(|(mesh, ns)| Some(alternative(mesh, (*ns)?))).collect();
+        let sharding = vec![explain(&self.mesh, predicted_ns, 1 + self.others.len() as u64, devices)];
+        Explanations { sharding, alternatives, ..Explanations::default() }
+    }
+}
+
+/// Time of the plan on that mesh; `None` where the target has no kernel for a step of it.
+fn predicted(logical: Logical, mesh: &Mesh, settings: &Settings<'_>) -> Result<Option<u64>, PassError> {
+    let mut settings = settings.clone();
+    settings.shard.mesh = MeshChoice::Fixed(mesh.clone());
+    match pipeline::trial(logical, &settings) {
+        Ok(scheduled) => Ok(Some(scheduled.predicted_ns())),
+        Err(PassError::NoKernels(_)) => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 fn alternative(mesh: &Mesh, predicted_ns: u64) -> Alternative {
@@ -149,12 +196,41 @@ fn explain(mesh: &Mesh, predicted_ns: u64, candidates: u64, devices: u32) -> Str
             "predicted to be the fastest of all {candidates} meshes of data and tensor for {devices} that the batch fills"
         ),
     };
-    format!("{mesh}: {chosen}, {} before operations are fused; tensors are placed by rule", Duration(predicted_ns))
+    format!("{mesh}: {chosen}, {}; tensors are placed by rule", Duration(predicted_ns))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::harness::{CPU, Machine, parse};
+    use crate::lower::NoAssembler;
+
+    #[test]
+    fn meshes_are_compared_by_the_times_that_their_plans_state() {
+        let text = "%x: f32[64, 256]
+            %w: f32[256, 1024] = weight file 0 at 0
+            %v: f32[1024, 256] = weight file 0 at 1048576
+            %h = dot %x, %w {contract [1]x[0]}
+            %a = pointwise %h {max($0, 0.0)}
+            %y = dot %a, %v {contract [1]x[0]}
+            return %y, %w";
+        let plan_on = |mesh: MeshChoice| {
+            let mut machine = Machine::new(CPU);
+            machine.target = machine.target.with_devices(4);
+            machine.shard.mesh = mesh;
+            run(parse(text), &machine.settings(), &NoAssembler, &mut |_, _| {}).unwrap().unwrap().plan
+        };
+        let best = plan_on(MeshChoice::Devices(4));
+        let stated = Duration(best.manifest.entries[0].predicted_ns).to_string();
+        assert!(best.explanations.sharding[0].contains(&format!(", {stated}; ")), "{:?}", best.explanations);
+        let [first, second] = best.explanations.alternatives.as_slice() else { panic!("{:?}", best.explanations) };
+        for alternative in [first, second] {
+            let axes = alternative.mesh.iter().map(|axis| ir::MeshAxis::new(&axis.name, axis.size)).collect();
+            let plan = plan_on(MeshChoice::Fixed(Mesh { axes }));
+            assert_eq!(plan.manifest.entries[0].predicted_ns, alternative.predicted_ns);
+            assert!(alternative.predicted_ns >= best.manifest.entries[0].predicted_ns);
+        }
+    }
 
     #[test]
     fn choices_are_told_in_the_singular_and_in_the_plural() {
@@ -162,7 +238,7 @@ mod tests {
         assert_eq!(
             explain(&mesh, 1500, 2, 2),
             "tensor=2: predicted to be the fastest of all 2 meshes of data and tensor for 2 devices that the batch fills, \
-             1.50 µs before operations are fused; tensors are placed by rule"
+             1.50 µs; tensors are placed by rule"
         );
         let one = explain(&Mesh::default(), 1500, 1, 1);
         assert!(one.starts_with("one device: the only mesh of data and tensor for 1 device that"), "{one}");

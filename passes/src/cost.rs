@@ -4,9 +4,9 @@ use ir::{Graph, Node, ValueId};
 use kernels::work;
 use planfile::plan::StepCost;
 use planfile::target::CollectiveTiming;
-use planfile::{DType, Op, Target, TensorType};
+use planfile::{DType, Op, Spec, Target, TensorType, infer};
 
-use crate::regions::Region;
+use crate::phase::Execution;
 
 /// Cost of a node on one rank, at the sizes that its graph says.
 pub fn node(graph: &Graph, node: &Node, target: &Target) -> StepCost {
@@ -15,25 +15,46 @@ pub fn node(graph: &Graph, node: &Node, target: &Target) -> StepCost {
 }
 
 /// Cost of a step: the operations of all its nodes, and the bytes that go in and out of it.
-pub fn region(graph: &Graph, region: &Region, target: &Target) -> StepCost {
-    let Some((last, inner)) = region.nodes.split_last() else { return StepCost::default() };
-    let last = node(graph, graph.node(*last), target);
-    if inner.is_empty() || region.selected.is_none() {
-        return last;
+///
+/// # Errors
+/// What does not fit in the specification.
+pub fn step(spec: &Spec, execution: &Execution, target: &Target) -> Result<StepCost, String> {
+    let types = spec.types()?;
+    let mut first = spec.inputs.len();
+    let mut parts = Vec::with_capacity(spec.nodes.len());
+    for node in &spec.nodes {
+        let operands: Vec<&TensorType> = node.operands.iter().map(|&operand| &types[operand as usize]).collect();
+        let count = infer(&node.op, &operands)?.len();
+        let results: Vec<&TensorType> = types[first..first + count].iter().collect();
+        first += count;
+        parts.push(op(&node.op, &operands, &results, target));
     }
-    let parts: Vec<StepCost> = inner.iter().map(|&id| node(graph, graph.node(id), target)).chain([last]).collect();
-    let results = region.nodes.last().map_or(&[][..], |&id| &graph.node(id).results);
-    let ends = region.inputs.iter().chain(results);
-    let memory_bytes = ends.filter_map(|&value| graph.ty(value).bytes()).fold(0, u64::saturating_add);
+    let Some((&last, inner)) = parts.split_last() else { return Ok(StepCost::default()) };
+    // What the host undoes of a weight's layout costs nothing.
+    if inner.is_empty() || matches!(execution, Execution::Reference) {
+        return Ok(last);
+    }
+    let results = spec.results.iter().map(|&result| &types[result as usize]);
+    let memory_bytes = spec.inputs.iter().chain(results).filter_map(TensorType::bytes).fold(0, u64::saturating_add);
     // The slowest part, none of whose operands and results that stay inside are stored, but never faster than memory.
     let slowest = parts.iter().map(|part| part.predicted_ns).max().unwrap_or(0);
-    let memory_ns = memory_bytes as f64 * 1e9 / target.device.memory_bytes_per_second;
-    StepCost {
-        predicted_ns: slowest.max((memory_ns + target.device.launch_ns).round() as u64),
+    Ok(StepCost {
+        predicted_ns: slowest.max(memory_ns(memory_bytes, target)),
         operations: parts.iter().map(|part| part.operations).fold(0, u64::saturating_add),
         memory_bytes,
         link_bytes: 0,
-    }
+    })
+}
+
+/// Cost of the same bytes elsewhere on the device.
+pub fn copy(bytes: u64, target: &Target) -> StepCost {
+    let memory_bytes = bytes.saturating_mul(2);
+    StepCost { predicted_ns: memory_ns(memory_bytes, target), memory_bytes, ..StepCost::default() }
+}
+
+/// Time of a kernel that does nothing but read and write so many bytes.
+fn memory_ns(bytes: u64, target: &Target) -> u64 {
+    (bytes as f64 * 1e9 / target.device.memory_bytes_per_second + target.device.launch_ns).round() as u64
 }
 
 /// Cost of an operation on operands and results of these types.
@@ -151,7 +172,7 @@ mod tests {
                 lengths: false,
             };
             let operands: Vec<&TensorType> = operands.iter().collect();
-            let results = planfile::infer(&recurrence, &operands).unwrap();
+            let results = infer(&recurrence, &operands).unwrap();
             op(&recurrence, &operands, &results.iter().collect::<Vec<_>>(), &target).predicted_ns as f64
         };
         assert!(cost(1000) > 1000.0 * target.device.launch_ns && cost(0) < 2.0 * target.device.launch_ns);

@@ -8,21 +8,22 @@
 //!
 //! The host exchanges along any dimension, so its plans stay as they are.
 
-use ir::{Edit, Graph, IrError, Module, Node, ValueId};
+use ir::{Edit, Graph, IrError, Node, ValueId};
 use planfile::{Dim, Op};
 
 use crate::error::PassError;
+use crate::phase::Sharded;
 use crate::settings::Settings;
 
 /// Rewrites the exchanges of every graph, for CUDA devices.
 ///
 /// # Errors
 /// [`PassError::Ir`] if a type does not follow.
-pub fn run(module: Module, settings: &Settings<'_>) -> Result<Module, PassError> {
+pub fn run(Sharded(module): Sharded, settings: &Settings<'_>) -> Result<Sharded, PassError> {
     if settings.target.device.architecture.is_host() {
-        return Ok(module);
+        return Ok(Sharded(module));
     }
-    Ok(module.rewrite(contiguous)?)
+    Ok(Sharded(module.rewrite(contiguous)?))
 }
 
 /// Whether more than one run of memory goes to or comes from each device.

@@ -11,6 +11,7 @@ use ir::{Graph, Mesh, Module, Node, Value, ValueDef, WeightId};
 use planfile::{DType, Op, RankScalar, Recipe, Scalar, Source, SourceFile, Target, Tensor, TensorType, infer};
 
 use crate::error::PassError;
+use crate::phase::Phase;
 use crate::settings::{MeshChoice, Options, SPLIT_TABLE_BYTES, Settings, ShardOptions};
 
 pub(crate) const CPU: &str = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../fixtures/targets/cpu.json"));
@@ -67,19 +68,17 @@ impl Machine {
     }
 }
 
-type Run = fn(Module, &Settings<'_>) -> Result<Module, PassError>;
-
 /// A pass under test.
-pub(crate) struct Case {
-    pass: Run,
+pub(crate) struct Case<P> {
+    pass: fn(P, &Settings<'_>) -> Result<P, PassError>,
     machine: Machine,
     /// Largest difference of results, as a share of the largest of them.
     tolerance: f64,
 }
 
-impl Case {
+impl<P: Phase + From<Module>> Case<P> {
     /// The pass for a target; it changes no bit of a result.
-    pub(crate) fn new(pass: Run, target: &str) -> Self {
+    pub(crate) fn new(pass: fn(P, &Settings<'_>) -> Result<P, PassError>, target: &str) -> Self {
         Self { pass, machine: Machine::new(target), tolerance: 0.0 }
     }
 
@@ -91,7 +90,7 @@ impl Case {
     /// What the pass makes of the lines: verified, and as they were in what it computes and when it is run again.
     #[track_caller]
     pub(crate) fn run(&self, text: &str) -> Module {
-        let run = |module: Module| (self.pass)(module, &self.machine.settings()).unwrap();
+        let run = |module: Module| (self.pass)(module.into(), &self.machine.settings()).unwrap().module().clone();
         let before = parse(text);
         let once = run(before.clone());
         verify(&once).unwrap_or_else(|error| panic!("{error}\n{once}"));

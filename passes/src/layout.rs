@@ -8,33 +8,34 @@
 //!                                             %z = pointwise %y, %b2 {…}             # channels last, like %y
 //!
 //! A convolution that cuts an image of few channels into patches side by side becomes a product of its rows instead.
-//! Otherwise the transpositions around a convolution become part of its kernel, see [`crate::regions`]: it reads and writes images
+//! Otherwise the transpositions around a convolution become part of its kernel, see [`crate::fuse`]: it reads and writes images
 //! whose channels are last. So do pools; element-wise nodes, concatenations, padding and reductions between them follow
 //! the layout that their operands already have. What wants channels first again gets a transposition of its own.
 
 use std::collections::HashMap;
 
-use ir::{Derived, Edit, Graph, IrError, Module, Node, Origin, Output, Placement, Rewrite, ValueDef, ValueId, Weight};
+use ir::{Derived, Edit, Graph, IrError, Node, Origin, Output, Placement, Rewrite, ValueDef, ValueId, Weight};
 use kernels::cuda::{channels_first, channels_last};
 use planfile::op::Window;
 use planfile::{DType, Dim, ExprOp, Op, TensorType};
 
 use crate::error::PassError;
+use crate::phase::Sharded;
 use crate::settings::Settings;
 
 /// Lays out the images of every graph, for a CUDA device.
 ///
 /// # Errors
 /// [`PassError::Ir`] if a type does not follow.
-pub fn run(mut module: Module, settings: &Settings<'_>) -> Result<Module, PassError> {
+pub fn run(Sharded(mut module): Sharded, settings: &Settings<'_>) -> Result<Sharded, PassError> {
     if settings.target.device.architecture.is_host() {
-        return Ok(module);
+        return Ok(Sharded(module));
     }
     let mut filters = Derived::new(&mut module.weights);
     for graph in &mut module.graphs {
         *graph = graph.rewrite_with(&mut Layout::new(&mut filters, settings.options.allow_tf32))?;
     }
-    Ok(module.without_unread_weights())
+    Ok(Sharded(module.without_unread_weights()))
 }
 
 /// Whether the node is a convolution that is faster with channels last.

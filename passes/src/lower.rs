@@ -3,20 +3,19 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use ir::{Graph, Placement, ValueDef, ValueId, WeightId};
-use kernels::cuda::{Launch, Selected};
+use kernels::cuda::Launch;
 use planfile::fingerprint::Fingerprint;
 use planfile::launch::{self, LABEL_BYTES};
 use planfile::plan::{
-    Action, Argument, Binding, Call, Code, CollectiveAlgorithm, Explanations, Implementation, Kernel, LinkRequirement,
-    Manifest, Place, PlacedWeight, Plan, PlanAxis, PlanEntry, PlanPiece, PlanPort, PlanState, PlanWeight, Program,
-    SplitDim, Step, TargetRef, predicted_ns,
+    Action, Argument, Binding, Call, Code, Explanations, Implementation, Kernel, LinkRequirement, Manifest, Place,
+    PlacedWeight, Plan, PlanAxis, PlanEntry, PlanPiece, PlanPort, PlanState, PlanWeight, Program, SplitDim, Step,
+    TargetRef, predicted_ns,
 };
 use planfile::{Cuda, DType, Spec, Target, TensorType};
 
-use crate::cost;
 use crate::error::PassError;
-use crate::regions::Region;
-use crate::schedule::{ALIGN, Schedule, Scheduled};
+use crate::phase::{self, Copied, Execution, Schedule, Scheduled};
+use crate::schedule::ALIGN;
 
 /// Makes the plan. Explanations of the sharding are the caller's to add.
 ///
@@ -27,7 +26,6 @@ pub fn run(scheduled: &Scheduled, target: &Target, assembler: &dyn Assembler) ->
     let ranks = module.mesh.ranks();
     let mut lowering = Lowering {
         scheduled,
-        target,
         kernels: Vec::new(),
         kernel_index: HashMap::new(),
         sources: Vec::new(),
@@ -169,7 +167,6 @@ fn links(programs: &[Program], target: &Target) -> Vec<LinkRequirement> {
 
 struct Lowering<'a> {
     scheduled: &'a Scheduled,
-    target: &'a Target,
     kernels: Vec<Kernel>,
     kernel_index: HashMap<Spec, u32>,
     sources: Vec<Labelled>,
@@ -193,36 +190,26 @@ impl Lowering<'_> {
                 inputs.push(Binding { port, place, splits: self.splits(value, &ranks) });
             }
         }
-        for (index, region) in schedule.regions.iter().enumerate() {
-            if let Some(region) = region {
-                let mut step = self.step(graph, schedule, stage, index, region)?;
-                if let (Some(spec), Some(Selected::Launch(_)), Action::Launch { scalars, .. }) =
-                    (&region.spec, region.selected.as_deref(), &mut step.action)
-                    && spec.checks_indices()
-                {
-                    scalars.push(Argument::Fault { word: faults });
-                    faults += 1;
-                }
-                steps.push(step);
+        for (index, step) in schedule.steps.iter().enumerate() {
+            let Some(chosen) = step else { continue };
+            let mut step = self.step(graph, schedule, stage, index, chosen)?;
+            if let (Execution::Kernel(_), Action::Launch { scalars, .. }) = (&*chosen.execution, &mut step.action)
+                && chosen.region.spec.checks_indices()
+            {
+                scalars.push(Argument::Fault { word: faults });
+                faults += 1;
             }
+            steps.push(step);
         }
-        for (&value, &offset) in &schedule.copies {
+        for (&value, &Copied { offset, cost }) in &schedule.copies {
             let from = self.place(graph, schedule, stage, value)?;
             let to = Place { ty: from.ty.clone(), at: Argument::Arena { offset } };
-            let bytes = from.ty.bytes().unwrap_or(0);
-            let predicted = (2 * bytes) as f64 / self.target.device.memory_bytes_per_second;
-            let cost = planfile::plan::StepCost {
-                predicted_ns: predicted.mul_add(1e9, self.target.device.launch_ns).round() as u64,
-                memory_bytes: 2 * bytes,
-                ..Default::default()
-            };
-            let cost = cost.capped();
             steps.push(Step { action: Action::Copy { from, to }, stream: 0, waits: vec![], origin: vec![], cost });
         }
         for output in graph.outputs() {
             let mut place = self.place(graph, schedule, stage, output.value)?;
-            if let Some(&offset) = schedule.copies.get(&output.value) {
-                place.at = Argument::Arena { offset };
+            if let Some(copied) = schedule.copies.get(&output.value) {
+                place.at = Argument::Arena { offset: copied.offset };
             }
             let splits = self.splits(graph.value(output.value), &ranks);
             outputs.push(Binding { port: output.position, place, splits });
@@ -246,23 +233,23 @@ impl Lowering<'_> {
         schedule: &Schedule,
         stage: u32,
         index: usize,
-        region: &Region,
+        chosen: &phase::Step,
     ) -> Result<Step, PassError> {
-        let node = &graph.nodes()[index];
+        let phase::Step { region, execution, cost } = chosen;
+        let (node, spec) = (&graph.nodes()[index], &region.spec);
         let mut places = |values: &[ValueId]| -> Result<Vec<Place>, PassError> {
             values.iter().map(|&value| self.place(graph, schedule, stage, value)).collect()
         };
         let (operands, results) = (places(&region.inputs)?, places(&node.results)?);
-        let action = match (&region.spec, region.selected.as_deref()) {
-            (None, _) => {
-                let algorithm = if self.on_host() { CollectiveAlgorithm::Host } else { CollectiveAlgorithm::Nccl };
+        let action = match &**execution {
+            &Execution::Collective(algorithm) => {
                 Action::Collective { op: node.op.clone(), operands, results, algorithm }
             }
-            (Some(spec), None) => {
+            Execution::Reference => {
                 let kernel = self.kernel(spec, node.op.name(), |_| Implementation::Reference);
                 Action::Launch { kernel, operands, results, scalars: vec![], launch: None }
             }
-            (Some(spec), Some(Selected::Launch(launch))) => {
+            Execution::Kernel(launch) => {
                 let invalid = |why: String| PassError::invalid("lower", why);
                 let label = launch::label(spec, &launch.symbol, &launch.rule).map_err(invalid)?;
                 let kernel = self.kernel(spec, &launch.symbol, |lowering| lowering.code(launch, label));
@@ -270,7 +257,7 @@ impl Lowering<'_> {
                 let shape = launch.rule.shape(spec).map_err(invalid)?;
                 Action::Launch { kernel, operands, results, scalars, launch: Some(shape) }
             }
-            (Some(spec), Some(Selected::Library { library, call, workspace_bytes })) => {
+            Execution::Call { library, call, workspace_bytes } => {
                 let implementation =
                     Implementation::Library { library: *library, version: String::new(), call: call.clone() };
                 let name = match call {
@@ -287,12 +274,7 @@ impl Lowering<'_> {
         };
         let names = ir::joined_origin(region.nodes.iter().map(|&id| &graph.node(id).origin));
         let origin = names.iter().filter(|name| !name.is_empty()).map(|name| self.name(name)).collect();
-        Ok(Step { action, stream: 0, waits: vec![], origin, cost: cost::region(graph, region, self.target).capped() })
-    }
-
-    /// Whether the host executes this plan.
-    fn on_host(&self) -> bool {
-        self.target.device.architecture.is_host()
+        Ok(Step { action, stream: 0, waits: vec![], origin, cost: *cost })
     }
 
     /// The kernel of that specification; `implementation` is asked once for each.

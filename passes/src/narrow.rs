@@ -17,10 +17,11 @@
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 
-use ir::{Edit, Graph, IrError, Module, Node, Origin, ValueDef, ValueId};
+use ir::{Edit, Graph, IrError, Node, Origin, ValueDef, ValueId};
 use planfile::{Dim, Op, RankScalar};
 
 use crate::error::PassError;
+use crate::phase::Sharded;
 use crate::settings::Settings;
 
 /// Operands of one concatenation. A thread looks for its operand among all of them.
@@ -37,13 +38,13 @@ const FREE_BYTES: u64 = 16 << 20;
 ///
 /// # Errors
 /// [`PassError::Ir`] if a type does not follow.
-pub fn run(mut module: Module, settings: &Settings<'_>) -> Result<Module, PassError> {
+pub fn run(Sharded(mut module): Sharded, settings: &Settings<'_>) -> Result<Sharded, PassError> {
     if !settings.target.device.architecture.is_host() {
         for graph in &mut module.graphs {
             *graph = narrowed(graph)?;
         }
     }
-    Ok(module)
+    Ok(Sharded(module))
 }
 
 fn narrowed(graph: &Graph) -> Result<Graph, IrError> {
@@ -204,10 +205,12 @@ fn part(graph: &Graph, node: &Node) -> Option<(ValueId, usize, Range<u64>)> {
 mod tests {
     use std::collections::BTreeSet;
 
+    use ir::Module;
+
     use super::*;
     use crate::harness::{Case, H200, parse};
 
-    fn case() -> Case {
+    fn case() -> Case<Sharded> {
         Case::new(run, H200)
     }
 

@@ -32,6 +32,7 @@ use ir::{Module, Value};
 use planfile::DType;
 
 use crate::error::PassError;
+use crate::phase::Logical;
 use crate::settings::Settings;
 use crate::simplify;
 use rebuild::Rebuild;
@@ -49,11 +50,11 @@ pub const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 ///
 /// # Errors
 /// [`PassError::Invalid`] when the type is none of [`DTYPES`] or the module is sharded; otherwise as [`simplify::run`].
-pub fn run(module: Module, settings: &Settings<'_>) -> Result<Module, PassError> {
+pub fn run(Logical(module): Logical, settings: &Settings<'_>) -> Result<Logical, PassError> {
     match settings.options.dtype {
         // Casts of weights that are constants of the module are calculated, and what lost its readers goes.
-        Some(dtype) => simplify::run(convert(module, dtype)?, settings),
-        None => Ok(module),
+        Some(dtype) => simplify::run(Logical(convert(module, dtype)?), settings),
+        None => Ok(Logical(module)),
     }
 }
 

@@ -9,21 +9,22 @@
 //! Scores then never leave the chip. They are kept in `f32` where a half type was stored between, so results come nearer
 //! to those in `f32`. The host executes products faster one by one, so its modules stay as they are.
 
-use ir::{Edit, IrError, Module, Node, Old, Origin, ValueId, joined_origin};
+use ir::{Edit, IrError, Node, Old, Origin, ValueId, joined_origin};
 use planfile::{Binary, DType, Expr, ExprOp, Op, Real, Unary};
 
 use crate::error::PassError;
+use crate::phase::Logical;
 use crate::settings::Settings;
 
 /// Rewrites every graph, for CUDA devices.
 ///
 /// # Errors
 /// [`PassError::Ir`] if a type does not follow.
-pub fn run(module: Module, settings: &Settings<'_>) -> Result<Module, PassError> {
+pub fn run(Logical(module): Logical, settings: &Settings<'_>) -> Result<Logical, PassError> {
     if settings.target.device.architecture.is_host() {
-        return Ok(module);
+        return Ok(Logical(module));
     }
-    Ok(module.rewrite(recognised)?)
+    Ok(Logical(module.rewrite(recognised)?))
 }
 
 /// What the node replaces by zero where it is not a number, and reads alone; with the node that tests it, where that is

@@ -5,65 +5,36 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use ir::{Graph, Module, ValueDef, ValueId};
-use kernels::cuda::{CudaTarget, Selected};
+use ir::{Graph, ValueDef, ValueId};
+use planfile::Target;
 
+use crate::cost;
 use crate::error::PassError;
-use crate::regions::{Region, is_view, regions};
-
-/// A sharded module whose graphs have memory.
-#[derive(Clone, Debug)]
-pub struct Scheduled {
-    pub module: Module,
-    /// For each graph of the module.
-    pub schedules: Vec<Schedule>,
-}
-
-/// Memory and steps of one graph.
-#[derive(Clone, Debug)]
-pub struct Schedule {
-    /// For each value of the graph: the value whose memory it shares, itself unless a reshape made it.
-    pub root: Vec<ValueId>,
-    /// Offsets of roots that live in the arena; weights and states have none.
-    pub offsets: BTreeMap<ValueId, u64>,
-    /// Outputs that are copied because their memory is not the graph's to give away, and the copies' offsets.
-    pub copies: BTreeMap<ValueId, u64>,
-    /// For each node, the step that ends with it, if one does.
-    pub regions: Vec<Option<Region>>,
-    /// Offsets of what libraries reserve, by the node that their step ends with.
-    pub workspaces: BTreeMap<usize, u64>,
-    pub arena_bytes: u64,
-}
+use crate::fuse::is_view;
+use crate::phase::{Copied, Schedule, Scheduled, Selected, Step};
+use crate::settings::Settings;
 
 /// Offsets are multiples of this, which suits every vector load and bulk copy.
 pub const ALIGN: u64 = 256;
 
-/// Gives every graph of the module memory. `cuda`: the GPUs that it is for, none for the host.
+/// Gives every graph of the module memory.
 ///
 /// # Errors
-/// [`PassError::Unsupported`] where an arena would exceed 2⁶³ bytes; what [`regions`] reports.
-pub fn run(module: Module, cuda: Option<&CudaTarget>) -> Result<Scheduled, PassError> {
+/// [`PassError::Unsupported`] where an arena would exceed 2⁶³ bytes.
+pub fn run(selected: Selected, settings: &Settings<'_>) -> Result<Scheduled, PassError> {
+    let Selected { module, steps } = selected;
     let mut schedules = Vec::with_capacity(module.graphs.len());
-    let mut missing = Vec::new();
-    for graph in &module.graphs {
-        let regions = match regions(graph, cuda) {
-            Ok(regions) => regions,
-            Err(PassError::NoKernels(more)) => {
-                missing.extend(more);
-                continue;
-            }
-            Err(error) => return Err(error),
-        };
-        schedules.push(schedule(graph, regions).ok_or_else(|| PassError::Unsupported {
+    for (graph, steps) in module.graphs.iter().zip(steps) {
+        schedules.push(schedule(graph, steps, settings.target).ok_or_else(|| PassError::Unsupported {
             node: module.name.clone(),
             op: "an arena of more than 2^63 bytes".to_owned(),
             hint: "compile for smaller dimensions".to_owned(),
         })?);
     }
-    if missing.is_empty() { Ok(Scheduled { module, schedules }) } else { Err(PassError::NoKernels(missing)) }
+    Ok(Scheduled { module, schedules })
 }
 
-fn schedule(graph: &Graph, regions: Vec<Option<Region>>) -> Option<Schedule> {
+fn schedule(graph: &Graph, steps: Vec<Option<Step>>, target: &Target) -> Option<Schedule> {
     let mut root: Vec<ValueId> = (0..graph.values().len() as u32).map(ValueId).collect();
     for node in graph.nodes().iter().filter(|node| is_view(node)) {
         root[node.results[0].index()] = root[node.operands[0].index()];
@@ -73,7 +44,7 @@ fn schedule(graph: &Graph, regions: Vec<Option<Region>>) -> Option<Schedule> {
     // The last node that reads each root; outputs are read after all of them.
     let mut last_use = vec![0; graph.values().len()];
     for (index, node) in graph.nodes().iter().enumerate() {
-        let inputs = regions[index].as_ref().map_or(&[][..], |region| &region.inputs);
+        let inputs = steps[index].as_ref().map_or(&[][..], |step| &step.region.inputs);
         for &value in inputs.iter().chain(&node.results) {
             last_use[root[value.index()].index()] = index;
         }
@@ -97,16 +68,16 @@ fn schedule(graph: &Graph, regions: Vec<Option<Region>>) -> Option<Schedule> {
         offsets.insert(input, arena.take(graph.ty(input).bytes()?)?);
     }
     for (index, node) in graph.nodes().iter().enumerate() {
-        if regions[index].is_some() {
+        if steps[index].is_some() {
             for &result in &node.results {
                 offsets.insert(result, arena.take(graph.ty(result).bytes()?)?);
             }
         }
-        let selected = regions[index].as_ref().and_then(|region| region.selected.as_deref());
-        if let Some(Selected::Library { workspace_bytes: bytes @ 1.., .. }) = selected {
-            let offset = arena.take(*bytes)?;
+        let workspace_bytes = steps[index].as_ref().map_or(0, |step| step.execution.workspace_bytes());
+        if workspace_bytes > 0 {
+            let offset = arena.take(workspace_bytes)?;
             workspaces.insert(index, offset);
-            arena.give(offset, *bytes);
+            arena.give(offset, workspace_bytes);
         }
         for &value in &expiring[index] {
             // Inputs that no node reads expire with the first node, like those it reads last.
@@ -120,9 +91,10 @@ fn schedule(graph: &Graph, regions: Vec<Option<Region>>) -> Option<Schedule> {
     }
     let mut copies = BTreeMap::new();
     for value in copied {
-        copies.insert(value, arena.take(graph.ty(value).bytes()?)?);
+        let bytes = graph.ty(value).bytes()?;
+        copies.insert(value, Copied { offset: arena.take(bytes)?, cost: cost::copy(bytes, target).capped() });
     }
-    Some(Schedule { root, offsets, copies, regions, workspaces, arena_bytes: arena.top })
+    Some(Schedule { root, offsets, copies, steps, workspaces, arena_bytes: arena.top })
 }
 
 /// Free memory, and how far the arena reaches.

@@ -17,11 +17,11 @@ mod walk;
 
 pub use coverage::{IdleAxis, Whole, idle_axes, whole};
 use ir::{Graph, Mesh, MeshAxis, Module, Placement, Split, SubAxes};
-use planfile::plan::MAX_PREDICTED_NS;
 use planfile::{Dim, Target};
 
 use crate::cost;
 use crate::error::PassError;
+use crate::phase::{Logical, Sharded};
 use crate::settings::{MeshChoice, Settings};
 use decide::Policy;
 use walk::{AddedWeights, Walk, single};
@@ -69,48 +69,15 @@ fn batch_size(entry: &ir::Entry, batch_dim: usize) -> Option<u64> {
     entry.inputs.iter().find_map(|input| input.ty.dims.get(batch_dim)).map(|dim| dim.capacity())
 }
 
-/// Candidate meshes for so many devices with the predicted time of a run of all entries, fastest first.
-///
-/// # Errors
-/// As [`run`].
-pub fn rank_meshes(module: &Module, devices: u32, settings: &Settings<'_>) -> Result<Vec<(Mesh, u64)>, PassError> {
-    let mut ranking = Vec::new();
-    for mesh in candidate_meshes(module, devices, settings.shard.batch_dim) {
-        let ns = predicted_ns(&place(module.clone(), mesh.clone(), settings)?, settings.target);
-        ranking.push((mesh, ns));
-    }
-    ranking.sort_by_key(|candidate| candidate.1);
-    Ok(ranking)
-}
-
-/// Time of a run of all entries, each node by itself, before any are fused.
-pub fn predicted_ns(placed: &Module, target: &Target) -> u64 {
-    let nodes = placed.graphs.iter().flat_map(|graph| graph.nodes().iter().map(move |node| (graph, node)));
-    let times = nodes.map(|(graph, node)| cost::node(graph, node, target).predicted_ns);
-    times.fold(0, u64::saturating_add).min(MAX_PREDICTED_NS)
-}
-
-/// Predicted time on one device, as [`rank_meshes`] predicts it.
-///
-/// # Errors
-/// As [`run`].
-pub fn one_device_ns(module: &Module, settings: &Settings<'_>) -> Result<u64, PassError> {
-    Ok(predicted_ns(&place(module.clone(), Mesh::default(), settings)?, settings.target))
-}
-
-/// Shards every entry of the module.
+/// Shards every entry of the module on the mesh that the settings fix.
 ///
 /// # Errors
 /// [`PassError::Unsupported`] for bounded dimensions; [`PassError::Invalid`] is a bug here.
-pub fn run(module: Module, settings: &Settings<'_>) -> Result<Module, PassError> {
-    let mesh = match &settings.shard.mesh {
-        MeshChoice::Fixed(mesh) => mesh.clone(),
-        MeshChoice::Devices(devices) => {
-            let best = rank_meshes(&module, *devices, settings)?.into_iter().next();
-            best.ok_or_else(|| PassError::invalid("shard", "no candidate mesh"))?.0
-        }
-    };
-    place(module, mesh, settings)
+pub fn run(Logical(module): Logical, settings: &Settings<'_>) -> Result<Sharded, PassError> {
+    match &settings.shard.mesh {
+        MeshChoice::Fixed(mesh) => place(module, mesh.clone(), settings).map(Sharded),
+        MeshChoice::Devices(_) => Err(PassError::invalid("shard", "no mesh was chosen")),
+    }
 }
 
 fn place(mut module: Module, mesh: Mesh, settings: &Settings<'_>) -> Result<Module, PassError> {

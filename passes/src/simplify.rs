@@ -30,6 +30,7 @@ use cpu::recipe::WeightBytes;
 use ir::Module;
 
 use crate::error::PassError;
+use crate::phase::Logical;
 use crate::settings::Settings;
 use sweep::{Rule, Simplest};
 use weights::Weights;
@@ -57,8 +58,8 @@ const MAX_ROUNDS: usize = 64;
 /// # Errors
 /// [`PassError::Weights`] when a constant cannot be read; [`PassError::Invalid`] when the module is sharded or does not
 /// settle.
-pub fn run(module: Module, settings: &Settings<'_>) -> Result<Module, PassError> {
-    simplify(module, settings.weights)
+pub fn run(Logical(module): Logical, settings: &Settings<'_>) -> Result<Logical, PassError> {
+    simplify(module, settings.weights).map(Logical)
 }
 
 fn simplify(module: Module, bytes: &dyn WeightBytes) -> Result<Module, PassError> {

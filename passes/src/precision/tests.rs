@@ -12,11 +12,11 @@ use super::*;
 use crate::harness::{CPU, FILES, Machine, difference, outputs, parse};
 use crate::settings::Options;
 
-type Run = fn(Module, &Settings<'_>) -> Result<Module, PassError>;
+type Run = fn(Logical, &Settings<'_>) -> Result<Logical, PassError>;
 
 fn apply(pass: Run, module: Module, dtype: Option<DType>) -> Module {
     let machine = Machine { options: Options { dtype, ..Options::default() }, ..Machine::new(CPU) };
-    pass(module, &machine.settings()).unwrap()
+    pass(Logical(module), &machine.settings()).unwrap().0
 }
 
 fn run_pass(module: Module, dtype: Option<DType>) -> Module {
