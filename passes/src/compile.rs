@@ -6,12 +6,12 @@ use planfile::plan::{Alternative, Explanations, Plan, PlanAxis};
 use planfile::text::{Duration, count};
 
 use crate::error::{NoKernel, PassError};
-use crate::lower;
 use crate::lower::Assembler;
 use crate::phase::{Logical, Scheduled, Sharded};
-use crate::pipeline::{self, LOGICAL, Pipeline, SHARD};
+use crate::pipeline::{self, Pipeline};
 use crate::settings::{MeshChoice, Settings};
 use crate::shard::{self, IdleAxis};
+use crate::{LOGICAL, SHARD, lower};
 
 /// A plan, and what its user should know about it.
 #[derive(Debug)]

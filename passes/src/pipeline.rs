@@ -1,13 +1,11 @@
-//! The passes in their order, with the verifier after each.
+//! Runs the passes in their order, with the verifier after each.
 
 use ir::{Module, verify::verify};
 
 use crate::error::PassError;
-use crate::phase::{Fused, Logical, Phase, Scheduled, Selected, Sharded};
+use crate::phase::{Logical, Phase, Scheduled, Sharded};
 use crate::settings::{Options, Settings};
-use crate::{
-    biases, exchange, fuse, layout, merge, narrow, panels, precision, recognise, schedule, select, shard, simplify,
-};
+use crate::{FUSE, LOGICAL, SCHEDULE, SELECT, SHARD, SHARDED};
 
 /// One row of the pipeline: from one phase to the next or within one, by value, so that nobody sees a half-rewritten
 /// module.
@@ -16,30 +14,6 @@ pub struct Pass<Before, After = Before> {
     pub name: &'static str,
     pub run: fn(Before, &Settings<'_>) -> Result<After, PassError>,
 }
-
-/// On whole tensors.
-pub const LOGICAL: &[Pass<Logical>] = &[
-    Pass { name: "simplify", run: simplify::run },
-    Pass { name: "recognise", run: recognise::run },
-    Pass { name: "precision", run: precision::run },
-];
-/// To what each rank computes.
-pub const SHARD: Pass<Logical, Sharded> = Pass { name: "shard", run: shard::run };
-/// On each rank's graph.
-pub const SHARDED: &[Pass<Sharded>] = &[
-    Pass { name: "merge", run: merge::run },
-    Pass { name: "biases", run: biases::run },
-    Pass { name: "layout", run: layout::run },
-    Pass { name: "exchange", run: exchange::run },
-    Pass { name: "narrow", run: narrow::run },
-    Pass { name: "panels", run: panels::run },
-];
-/// To steps.
-pub const FUSE: Pass<Sharded, Fused> = Pass { name: "fuse", run: fuse::run };
-/// To what executes them.
-pub const SELECT: Pass<Fused, Selected> = Pass { name: "select", run: select::run };
-/// To when, and where in memory.
-pub const SCHEDULE: Pass<Selected, Scheduled> = Pass { name: "schedule", run: schedule::run };
 
 /// Names of all passes, in order.
 pub fn names() -> impl Iterator<Item = &'static str> {
