@@ -72,19 +72,19 @@ impl Machine {
 pub(crate) struct Case<P> {
     pass: fn(P, &Settings<'_>) -> Result<P, PassError>,
     machine: Machine,
-    /// Largest difference of results, as a share of the largest of them.
-    tolerance: f64,
+    /// Largest difference of results, as a share of the largest of them; none where no bit may change.
+    tolerance: Option<f64>,
 }
 
 impl<P: Phase + From<Module>> Case<P> {
     /// The pass for a target; it changes no bit of a result.
     pub(crate) fn new(pass: fn(P, &Settings<'_>) -> Result<P, PassError>, target: &str) -> Self {
-        Self { pass, machine: Machine::new(target), tolerance: 0.0 }
+        Self { pass, machine: Machine::new(target), tolerance: None }
     }
 
     /// It changes results by so much.
     pub(crate) fn within(self, tolerance: f64) -> Self {
-        Self { tolerance, ..self }
+        Self { tolerance: Some(tolerance), ..self }
     }
 
     /// What the pass makes of the lines: verified, and as they were in what it computes and when it is run again.
@@ -94,8 +94,14 @@ impl<P: Phase + From<Module>> Case<P> {
         let before = parse(text);
         let once = run(before.clone());
         verify(&once).unwrap_or_else(|error| panic!("{error}\n{once}"));
-        let difference = difference(&outputs(&before), &outputs(&once));
-        assert!(difference <= self.tolerance, "results differ by {difference}:\n{before}\n{once}");
+        let (expected, actual) = (outputs(&before), outputs(&once));
+        match self.tolerance {
+            None => assert!(expected == actual, "results differ:\n{before}\n{once}"),
+            Some(tolerance) => {
+                let difference = difference(&expected, &actual);
+                assert!(difference <= tolerance, "results differ by {difference}:\n{before}\n{once}");
+            }
+        }
         let twice = run(once.clone());
         assert_eq!(once, twice, "not idempotent:\n{once}\n{twice}");
         once

@@ -233,6 +233,12 @@ impl<'a> Edit<'a> {
         IrError::Graph { graph: self.new.name.clone(), why: why.to_string() }
     }
 
+    /// That a value is one of the new graph, as far as its number tells.
+    fn check(&self, new: ValueId) -> Result<(), IrError> {
+        let known = new.index() < self.new.values.len();
+        known.then_some(()).ok_or_else(|| self.fault(format!("{new} is no value of the new graph")))
+    }
+
     /// Has a node seen, and notes what stands for its results.
     fn visit<R: Rewrite>(&mut self, node: &Node, rewrite: &mut R) -> Result<(), R::Error> {
         let made = rewrite.node(self, node)?;
@@ -241,6 +247,7 @@ impl<'a> Edit<'a> {
             return Err(self.fault(format!("{made} values stand for {results} results of {}", node.op.name())).into());
         }
         for (&old, new) in node.results.iter().zip(made) {
+            self.check(new)?;
             let (was, is) = (self.old.graph.ty(old), self.new.ty(new));
             if !has_sizes_of(is, was) {
                 return Err(self.fault(format!("{is} stands for {was}, a result of {}", node.op.name())).into());
@@ -279,6 +286,7 @@ impl Graph {
         }
         for &output in &self.outputs {
             let value = rewrite.output(&mut edit, output)?;
+            edit.check(value)?;
             edit.new.outputs.push(Output { position: output.position, value });
         }
         Ok(edit.new.compacted())

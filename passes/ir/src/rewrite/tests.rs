@@ -165,6 +165,7 @@ fn what_stands_for_a_result_has_its_number_and_its_size() {
     let first = |edit: &mut Edit<'_>, node: &Node| Ok(vec![edit.value(node.operands[0])?]);
     let sum = "%x: f32[2, 3]\n%y: f32[2] = reduce %x {sum [1]}\nreturn %y";
     assert!(refused(sum, first).contains("f32[2, 3] stands for f32[2], a result of reduce"));
+    assert!(refused(sum, |_, _| Ok(vec![ValueId(9)])).contains("%9 is no value of the new graph"));
 }
 
 #[test]
