@@ -39,6 +39,7 @@ fn merged(edit: &mut Edit<'_>, node: &Node) -> Result<Vec<ValueId>, IrError> {
     let graph = edit.new_graph();
     // One after the other, as long as the whole stays small.
     let mut splice = Splice { expr, operands: &operands, taken: Vec::new() };
+    let mut written = None;
     for (&before, &operand) in node.operands.iter().zip(&operands) {
         let Some(producer) = graph.producer(operand) else { continue };
         let Op::Pointwise { expr, dims: same } = &producer.op else { continue };
@@ -48,17 +49,17 @@ fn merged(edit: &mut Edit<'_>, node: &Node) -> Result<Vec<ValueId>, IrError> {
         if alone
             && same == dims
             && !reads_state(graph, producer)
-            && let Some(next) = splice.with(operand, expr, producer)
+            && let Some((next, text)) = splice.with(operand, expr, producer)
         {
-            splice = next;
+            (splice, written) = (next, Some(text));
         }
     }
-    if splice.taken.is_empty() {
-        return edit.keep(node);
-    }
-    let Some((ops, read)) = splice.write() else { return edit.keep(node) };
+    let Some((ops, read)) = written else { return edit.keep(node) };
     let origins = splice.taken.iter().map(|(_, _, producer)| &producer.origin);
     let origin = joined_origin(origins.chain([&node.origin]));
+    let taken: Vec<ValueId> = splice.taken.iter().map(|taken| taken.0).collect();
+    // In a chain each link holds all that is before it.
+    taken.into_iter().for_each(|value| edit.empty(value));
     edit.add(Op::Pointwise { expr: Expr { ops }, dims: dims.clone() }, &read, &origin)
 }
 
@@ -66,6 +67,9 @@ fn merged(edit: &mut Edit<'_>, node: &Node) -> Result<Vec<ValueId>, IrError> {
 fn reads_state(graph: &Graph, node: &Node) -> bool {
     node.operands.iter().any(|&operand| matches!(graph.value(operand).def, ValueDef::State(_)))
 }
+
+/// Instructions and operands.
+type Written = (Vec<ExprOp>, Vec<ValueId>);
 
 /// An expression, some of whose operands are expressions themselves.
 #[derive(Clone)]
@@ -77,16 +81,16 @@ struct Splice<'a> {
 }
 
 impl<'a> Splice<'a> {
-    /// With one more operand computed; `None` when that is too much.
-    fn with(&self, operand: ValueId, expr: &'a Expr, producer: &'a Node) -> Option<Self> {
+    /// With one more operand computed, and what it is then; `None` when that is too much.
+    fn with(&self, operand: ValueId, expr: &'a Expr, producer: &'a Node) -> Option<(Self, Written)> {
         let mut next = self.clone();
         next.taken.push((operand, expr, producer));
         let (ops, operands) = next.write()?;
-        (ops.len() <= MAX_OPS && operands.len() <= MAX_OPERANDS).then_some(next)
+        (ops.len() <= MAX_OPS && operands.len() <= MAX_OPERANDS).then_some((next, (ops, operands)))
     }
 
     /// Instructions and operands. `None` when there are not enough slots.
-    fn write(&self) -> Option<(Vec<ExprOp>, Vec<ValueId>)> {
+    fn write(&self) -> Option<Written> {
         let (mut ops, mut operands) = (Vec::new(), Vec::new());
         let number = |operands: &mut Vec<ValueId>, value: ValueId| {
             let known = operands.iter().position(|&known| known == value);

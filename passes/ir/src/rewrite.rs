@@ -38,6 +38,7 @@ mod tests;
 
 use std::fmt::Display;
 use std::ops::Deref;
+use std::sync::Arc;
 
 use planfile::{Op, TensorType};
 
@@ -225,6 +226,15 @@ impl<'a> Edit<'a> {
         if let ValueDef::Node(node, _) = self.new.value(new).def {
             let node = &mut self.new.nodes[node.index()];
             node.origin = joined_origin([&node.origin, origin]);
+        }
+    }
+
+    /// Empties the node that makes a new value which nobody will read. It would go at the end all the same; a rewriting that
+    /// takes nodes into others, over and over, needs the memory before.
+    pub fn empty(&mut self, new: ValueId) {
+        if let ValueDef::Node(node, _) = self.new.value(new).def {
+            let node = &mut self.new.nodes[node.index()];
+            (node.op, node.operands, node.origin) = (Op::Reshape { dims: Vec::new() }, Vec::new(), Arc::from([]));
         }
     }
 

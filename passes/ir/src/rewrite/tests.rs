@@ -115,6 +115,32 @@ fn shards_stay_with_what_stands_for_them() {
 }
 
 #[test]
+fn what_is_emptied_must_not_be_read() {
+    let chain = "%x: f32[3]
+         %a = pointwise %x {exp($0)} # a
+         %y = pointwise %a {-$0}     # y
+         return %y";
+    let emptying = |operand: fn(&mut Edit<'_>, &Node) -> ValueId| {
+        let module = parse_lines(chain).unwrap().rewrite(|edit, node| {
+            let read = operand(edit, node);
+            let made = edit.add(node.op.clone(), &[read], &node.origin)?;
+            let own = edit.value(node.operands[0])?;
+            edit.empty(own);
+            Ok::<_, IrError>(made)
+        });
+        module.unwrap()
+    };
+    // Reads what is before its operand.
+    let skipping = emptying(|edit, node| {
+        let own = edit.value(node.operands[0]).unwrap();
+        edit.new_graph().producer(own).map_or(own, |producer| producer.operands[0])
+    });
+    assert_eq!((verify(&skipping), skipping.graphs[0].nodes.len()), (Ok(()), 1), "{skipping}");
+    let reading = emptying(|edit, node| edit.value(node.operands[0]).unwrap());
+    assert!(verify(&reading).is_err(), "{reading}");
+}
+
+#[test]
 fn reads_are_those_of_the_graph_as_it_was() {
     let mut reads = Vec::new();
     let module = rewritten(
