@@ -62,9 +62,10 @@ fn execute(arguments: &Arguments) -> Result<Exit, Failure> {
     let summary = summary(&compiled.plan);
     if !arguments.json {
         print(&summary_text(&summary))?;
-        for sentence in &compiled.plan.explanations.sharding {
-            print(&format!("{sentence}\n"))?;
-        }
+        let warned: Vec<String> =
+            compiled.mesh_warnings.iter().filter(|own| is_warned(own)).map(Warning::text).collect();
+        let sentences = compiled.plan.explanations.sharding.iter().filter(|sentence| !warned.contains(sentence));
+        print(&sentences.map(|sentence| format!("{sentence}\n")).collect::<String>())?;
         print(&format!("wrote {} in {seconds:.2} s\n", path.display()))?;
     }
     let report = match arguments.run {
@@ -111,8 +112,7 @@ fn compile(arguments: &Arguments, request: &Request) -> Result<Option<Compiled>,
 /// # Errors
 /// Where `strict`, an axis of the mesh that splits nothing.
 fn report_warnings(warnings: &[Warning], strict: bool) -> Result<(), Failure> {
-    // What else there is to say stands in the plan's explanations, which follow the summary.
-    for warning in warnings.iter().filter(|warning| matches!(warning, Warning::IdleAxis(_))) {
+    for warning in warnings.iter().filter(|warning| is_warned(warning)) {
         if strict {
             let next = "choose another --mesh, or leave --strict-mesh out";
             return Err(Failure::new(Exit::Usage, format!("--mesh: {}; {next}", warning.text())));
@@ -120,6 +120,11 @@ fn report_warnings(warnings: &[Warning], strict: bool) -> Result<(), Failure> {
         warn(&warning.text());
     }
     Ok(())
+}
+
+/// Whether standard error says it. All of them stand in the plan's explanations; the others follow the summary.
+fn is_warned(warning: &Warning) -> bool {
+    matches!(warning, Warning::IdleAxis(_))
 }
 
 /// Those about the mesh first.

@@ -13,6 +13,7 @@ use onnx::messages::{
     Dimension, DimensionValue, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto, TensorShapeProto,
     TypeProto, ValueInfoProto, type_proto,
 };
+use planfile::PlanFile;
 use prost::Message as _;
 use tempfile::TempDir;
 
@@ -174,6 +175,10 @@ fn axes_that_split_nothing_are_told_of() {
     let ended = desk.compile(&[&line[..], &["data=3"]].concat());
     assert_eq!((ended.code, ended.err), (0, format!("warning: {why}\n")));
     assert!(ended.out.contains("100 % of the weights and 100 % of the operations stay whole"), "{}", ended.out);
+    // Once, on standard error; whoever has the plan alone reads it there.
+    assert!(!ended.out.contains(why), "{}", ended.out);
+    let plan = PlanFile::open(&desk.path("model.plan")).unwrap_or_else(|error| panic!("{error}"));
+    assert!(plan.plan().explanations.sharding.contains(&why.to_owned()));
     let ended = desk.compile(&[&line[..], &["data=3", "--json"]].concat());
     let report: serde_json::Value = serde_json::from_str(&ended.out).unwrap();
     let warning = &report["warnings"][0];
@@ -330,7 +335,7 @@ fn paths_need_not_be_text() {
     assert!(desk.0.path().join(path(".plan")).exists());
     assert_eq!(compile(&["-o".into(), path(".other")])["path"], "m\u{fffd}.other");
     assert_eq!(compile(&["--check-support".into()])["model"], "m\u{fffd}.onnx");
-    let plan = planfile::PlanFile::open(&desk.0.path().join(path(".plan"))).unwrap().into_plan();
+    let plan = PlanFile::open(&desk.0.path().join(path(".plan"))).unwrap().into_plan();
     let (weights, out) = (desk.0.path().join(path(".onnx")), desk.path("new.plan"));
     let sources = runtime::refit::Sources { weights: &weights, external_data_root: None };
     runtime::refit::refit(plan, sources, &out, |_| {}).unwrap();
@@ -421,7 +426,7 @@ fn a_plan_takes_new_external_weights() {
     desk.compile(&["m.onnx", "-o", "old.plan"]).succeeds();
     weights([5.0, 5.0, 5.0, 5.0]);
     desk.compile(&["m.onnx", "-o", "compiled.plan"]).succeeds();
-    let old = planfile::PlanFile::open(&desk.path("old.plan")).unwrap().into_plan();
+    let old = PlanFile::open(&desk.path("old.plan")).unwrap().into_plan();
     let sources = runtime::refit::Sources { weights: &desk.path("m.onnx"), external_data_root: None };
     runtime::refit::refit(old, sources, &desk.path("new.plan"), |_| {}).unwrap();
     let [old, compiled, new] =

@@ -111,6 +111,55 @@ fn wide_nodes_read_and_write_many_values() {
     assert_eq!(plan.plan().manifest.entries[0].outputs.len(), NODES);
 }
 
+/// Branches in branches: a message in a message in a message for each level.
+#[test]
+fn deeply_nested_branches_are_followed_or_refused() {
+    let field = |number: u32, content: &[u8]| {
+        let mut bytes = Vec::new();
+        prost::encoding::encode_key(number, prost::encoding::WireType::LengthDelimited, &mut bytes);
+        prost::encoding::encode_varint(content.len() as u64, &mut bytes);
+        [&bytes, content].concat()
+    };
+    let nested = |levels: usize| {
+        let exp = one("Exp", "x", format!("v{levels}")).encode_to_vec();
+        let mut inner = field(1, &exp);
+        for level in (0..levels).rev() {
+            let own = format!("v{level}");
+            let port = |name: &str| field(12, &port(name, &[4]).encode_to_vec());
+            let then = [inner, port(&format!("v{}", level + 1))].concat();
+            let otherwise =
+                [field(1, &one("Neg", "x", format!("e{level}")).encode_to_vec()), port(&format!("e{level}"))];
+            // The type of both attributes: 5, a graph.
+            let branch = |name: &str, body: &[u8]| {
+                field(5, &[&field(1, name.as_bytes())[..], &field(6, body), &[0xa0, 1, 5]].concat())
+            };
+            let head = node("If", &["c".to_owned()], &[own]).encode_to_vec();
+            let branches = [branch("then_branch", &then), branch("else_branch", &otherwise.concat())];
+            inner = field(1, &[head, branches.concat()].concat());
+        }
+        let truth = TensorProto { name: "c".into(), data_type: 9, int32_data: vec![1], ..TensorProto::default() };
+        let ports = graph(vec![], vec![port("x", &[4])], vec![port("v0", &[4])]);
+        let graph = GraphProto { initializer: vec![truth], ..ports }.encode_to_vec();
+        let opset_import = vec![OperatorSetIdProto { domain: String::new(), version: 18 }];
+        let model = ModelProto { ir_version: Some(8), opset_import, ..ModelProto::default() };
+        [model.encode_to_vec(), field(7, &[graph, inner].concat())].concat()
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let (model, plan) = (folder.path().join("x.onnx"), folder.path().join("x.plan"));
+    let ended = |levels: usize| {
+        fs::write(&model, nested(levels)).unwrap();
+        let ended = Command::new(env!("CARGO_BIN_EXE_compile")).arg(&model).arg("-o").arg(&plan).output().unwrap();
+        (ended.status.code(), String::from_utf8_lossy(&ended.stderr).into_owned())
+    };
+    assert_eq!(ended(28), (Some(0), String::new()));
+    let exp = &PlanFile::open(&plan).unwrap_or_else(|error| panic!("{error}")).into_plan();
+    assert_eq!((exp.programs[0].steps.len(), exp.explanations.names.as_slice()), (1, &["Exp_v28".to_owned()][..]));
+    for levels in [29, 2000] {
+        let (code, said) = ended(levels);
+        assert!(code == Some(3) && said.contains("nests messages deeper than 88 levels"), "{code:?} {said}");
+    }
+}
+
 /// A kernel has a limited number of parameters, and each start of a part is a kernel of its own: thousands of them would
 /// be compiled for minutes.
 #[test]

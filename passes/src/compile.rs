@@ -23,9 +23,9 @@ pub struct Outcome {
 /// What the user may not have meant.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Warning {
-    /// An axis of the mesh splits nothing, or less than it says.
+    /// An axis of the mesh splits nothing, or less than it says; as with what follows, the plan's explanations say so, too.
     IdleAxis(IdleAxis),
-    /// The plan is predicted to be no faster than one for one device; its explanations say so, too.
+    /// The plan is predicted to be no faster than one for one device.
     Slower { ranks: u32, predicted_ns: u64, one_device_ns: u64 },
 }
 
@@ -106,10 +106,9 @@ fn scheduled(
         let one_device_ns = predicted(whole, &Mesh::default(), settings)?;
         let ranks = choice.mesh.ranks();
         if let Some(one_device_ns) = one_device_ns.filter(|&one_device_ns| one_device_ns <= predicted_ns) {
-            let slower = Warning::Slower { ranks, predicted_ns, one_device_ns };
-            explanations.sharding.push(slower.text());
-            warnings.push(slower);
+            warnings.push(Warning::Slower { ranks, predicted_ns, one_device_ns });
         }
+        explanations.sharding.extend(warnings.iter().map(Warning::text));
     }
     Ok(Some((scheduled, explanations, warnings)))
 }

@@ -100,7 +100,7 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Shows signature, memory per device and steps
+    /// Shows signature, memory per device and steps, and why it is placed so
     Inspect {
         /// The plan
         #[arg(value_name = "MODEL.plan")]
@@ -207,9 +207,17 @@ fn execute(command: Command) -> Result<Exit, Failure> {
             let file = PlanFile::open(&plan)?;
             let summary = planfile::summary::summary(file.plan());
             match (json, text) {
-                (true, _) => print_json(&json!(summary)),
+                (true, _) => {
+                    let mut report = json!(summary);
+                    report["sharding"] = json!(file.plan().explanations.sharding);
+                    report["alternatives"] = json!(file.plan().explanations.alternatives);
+                    print_json(&report)
+                }
                 (false, true) => print(&planfile::text::text(file.plan())),
-                (false, false) => print(&summary_text(&summary)),
+                (false, false) => {
+                    let why = file.plan().explanations.sharding.iter().map(|sentence| format!("{sentence}\n"));
+                    print(&format!("{}{}", summary_text(&summary), why.collect::<String>()))
+                }
             }?;
             Ok(Exit::Success)
         }

@@ -272,6 +272,13 @@ fn plans_are_inspected_and_verified() {
     let summary: Value = serde_json::from_str(&desk.plan(&["inspect", "x.plan", "--json"]).succeeds()).unwrap();
     assert_eq!(summary["devices"][1]["activation_bytes"], 512);
     assert!(desk.plan(&["inspect", "x.plan", "--text"]).succeeds().contains("/Neg"));
+    let mut told = negation();
+    told.explanations.sharding = vec!["data=3 splits nothing: three are too many".to_owned()];
+    write_plan::<PlanError>(&desk.path("told.plan"), &told, |_| Ok(())).unwrap();
+    let out = desk.plan(&["inspect", "told.plan"]).succeeds();
+    assert!(out.ends_with("\ndata=3 splits nothing: three are too many\n"), "{out}");
+    let summary: Value = serde_json::from_str(&desk.plan(&["inspect", "told.plan", "--json"]).succeeds()).unwrap();
+    assert_eq!(summary["sharding"][0], told.explanations.sharding[0]);
     let out = desk.plan(&["verify", "x.plan"]).succeeds();
     assert!(out.contains("x.plan is sound") && out.contains("taken on trust:\n  predicted times"), "{out}");
     let verdict: Value = serde_json::from_str(&desk.plan(&["verify", "x.plan", "--json"]).succeeds()).unwrap();
