@@ -11,7 +11,7 @@ use rayon::prelude::*;
 use self::columns::Columns;
 use self::depthwise::{Rows, depthwise};
 use crate::error::CpuError;
-use crate::number::with_number;
+use crate::number::with_wrapping;
 use crate::product::{Job, Left, Matrix, Product};
 use crate::view::{View, ViewMut, product, read, sizes, slice, slice_mut, write};
 use crate::window::Sliding;
@@ -31,7 +31,7 @@ pub(crate) fn conv(
     }
     let groups = usize::try_from(groups).unwrap_or(usize::MAX);
     let shape = Shape::new(window, groups, transposed, x.ty, result.ty);
-    with_number!(x.ty.dtype, T => {
+    with_wrapping!(x.ty.dtype, T => {
         let (x, w) = (read::<T>(x)?, read::<T>(w)?);
         write(result, |y: &mut [T]| {
             run(&shape, groups, transposed, &x, &w, y);

@@ -4,10 +4,11 @@
 
 use std::borrow::Cow;
 
-use planfile::{DType, Element};
+use planfile::{DType, Expr, Tensor, TensorType};
 
 use crate::error::CpuError;
-use crate::number::{Convert, Number, with_number};
+use crate::number::with_wrapping;
+use crate::pointwise::pointwise;
 use crate::product::{Job, Left, Matrix, Product, RightPanels};
 use crate::strided::{Layout, copy, strides};
 use crate::view::{View, ViewMut, product, read, sizes, slice, slice_mut, write};
@@ -25,25 +26,44 @@ pub(crate) fn dot(
         pairs.iter().map(|pair| usize::from(pick(pair))).collect()
     };
     let (left, right) = (|pair: &(u8, u8)| pair.0, |pair: &(u8, u8)| pair.1);
-    with_number!(accumulate, A => {
-        let a = Stack::<A>::new(a, &axes(left, batch), &axes(left, contract))?;
-        let b = Stack::<A>::new(b, &axes(right, batch), &axes(right, contract))?;
-        let out = result.ty.dtype;
-        if DType::accumulator(out) == DType::accumulator(accumulate) {
-            return write(result, |dst: &mut [A]| {
+    let accumulate = accumulate.accumulator();
+    let (converted_a, converted_b) = (converted(a, accumulate)?, converted(b, accumulate)?);
+    let a = converted_a.as_ref().map_or(*a, View::from);
+    let b = converted_b.as_ref().map_or(*b, View::from);
+    let run = |result: &mut ViewMut<'_>| {
+        with_wrapping!(accumulate, T => {
+            let a = Stack::<T>::new(&a, &axes(left, batch), &axes(left, contract))?;
+            let b = Stack::<T>::new(&b, &axes(right, batch), &axes(right, contract))?;
+            write(result, |dst: &mut [T]| {
                 multiply(&a, &b, dst);
                 Ok(())
-            });
-        }
-        let mut sums = vec![<A as Number>::ZERO; a.count * a.free.size * b.free.size];
-        multiply(&a, &b, &mut sums);
-        with_number!(out, T => write(result, |dst: &mut [T]| {
-            for (dst, &sum) in dst.iter_mut().zip(&sums) {
-                *dst = sum.convert();
-            }
-            Ok(())
-        }))
-    })
+            })
+        })
+    };
+    if result.ty.dtype.accumulator() == accumulate {
+        return run(result);
+    }
+    let mut sums = zeros(result.ty, accumulate)?;
+    run(&mut ViewMut::from(&mut sums))?;
+    let expr = Expr::operand(0).cast(result.ty.dtype);
+    pointwise(&expr, 0, &[View::from(&sums)], result)
+}
+
+/// Zeros in the shape of a tensor.
+fn zeros(like: &TensorType, dtype: DType) -> Result<Tensor, CpuError> {
+    let ty = TensorType { dtype, dims: like.dims.clone() };
+    let bytes = ty.bytes().unwrap_or(u64::MAX);
+    Tensor::zeroed(ty.clone()).ok_or(CpuError::Memory { op: "dot", ty, bytes })
+}
+
+/// An operand in the type that its products are accumulated in; `None` if it is read in that type anyway.
+fn converted(operand: &View<'_>, accumulate: DType) -> Result<Option<Tensor>, CpuError> {
+    if operand.ty.dtype.accumulator() == accumulate {
+        return Ok(None);
+    }
+    let mut converted = zeros(operand.ty, accumulate)?;
+    pointwise(&Expr::operand(0).cast(accumulate), 0, &[*operand], &mut ViewMut::from(&mut converted))?;
+    Ok(Some(converted))
 }
 
 /// As [`dot`] in `f32` without batch, with the right side in panels.
@@ -62,7 +82,7 @@ pub(crate) fn dot_panels(
     Ok(())
 }
 
-fn multiply<T: Accumulator>(a: &Stack<'_, T>, b: &Stack<'_, T>, dst: &mut [T]) {
+fn multiply<T: Product>(a: &Stack<'_, T>, b: &Stack<'_, T>, dst: &mut [T]) {
     let (m, n, k) = (a.free.size, b.free.size, a.contract.size);
     if m * n == 0 {
         return;
@@ -98,22 +118,21 @@ impl Group {
     }
 }
 
-/// An operand as `count` matrices `[free, contract]`.
+/// An operand as matrices `[free, contract]`, one for each index of the batch.
 struct Stack<'a, T: Clone> {
     data: Cow<'a, [T]>,
-    count: usize,
     /// Distance between matrices.
     step: usize,
     free: Group,
     contract: Group,
 }
 
-impl<'a, T: Accumulator> Stack<'a, T> {
+impl<'a, T: Product> Stack<'a, T> {
     fn new(view: &View<'a>, batch: &[usize], contract: &[usize]) -> Result<Self, CpuError> {
         let sizes = sizes(view.ty);
         let free: Vec<usize> =
             (0..sizes.len()).filter(|axis| !batch.contains(axis) && !contract.contains(axis)).collect();
-        let data = T::read_as(view)?;
+        let data = read(view)?;
         let size_of = |axes: &[usize]| product(&axes.iter().map(|&axis| sizes[axis]).collect::<Vec<_>>());
         let groups = |sizes: &[usize], strides: &[isize], axes: [&[usize]; 3]| {
             let [batch, free, contract] = axes.map(|axes| Group::new(sizes, strides, axes));
@@ -121,11 +140,11 @@ impl<'a, T: Accumulator> Stack<'a, T> {
         };
         if data.is_empty() {
             let group = |axes: &[usize]| Group { size: size_of(axes), stride: 1 };
-            return Ok(Self { data, count: size_of(batch), step: 0, free: group(&free), contract: group(contract) });
+            return Ok(Self { data, step: 0, free: group(&free), contract: group(contract) });
         }
         let packed = strides(&sizes);
         if let Some((stack, free, contract)) = groups(&sizes, &packed, [batch, &free, contract]) {
-            return Ok(Self { data, count: stack.size, step: stack.stride, free, contract });
+            return Ok(Self { data, step: stack.stride, free, contract });
         }
         let order = [batch, &free, contract].concat();
         let new_sizes: Vec<usize> = order.iter().map(|&axis| sizes[axis]).collect();
@@ -133,10 +152,9 @@ impl<'a, T: Accumulator> Stack<'a, T> {
         let to = Layout { offset: 0, strides: strides(&new_sizes) };
         let mut copied = vec![T::ZERO; data.len()];
         copy(&new_sizes, &mut copied, &to, &data, &from);
-        let (count, rows, depth) = (size_of(batch), size_of(&free), size_of(contract));
+        let (rows, depth) = (size_of(&free), size_of(contract));
         Ok(Self {
             data: Cow::Owned(copied),
-            count,
             step: rows * depth,
             free: Group { size: rows, stride: depth },
             contract: Group { size: depth, stride: 1 },
@@ -148,30 +166,6 @@ impl<'a, T: Accumulator> Stack<'a, T> {
         Matrix { data, rows: self.free.stride, columns: self.contract.stride }
     }
 }
-
-/// Types that products are accumulated in.
-trait Accumulator: Product {
-    /// The elements converted to this type.
-    fn read_as<'a>(view: &View<'a>) -> Result<Cow<'a, [Self]>, CpuError>;
-}
-
-macro_rules! accumulators {
-    ($($number:ty),*) => {
-        $(impl Accumulator for $number {
-            fn read_as<'a>(view: &View<'a>) -> Result<Cow<'a, [Self]>, CpuError> {
-                let dtype = view.ty.dtype;
-                if dtype.accumulator() == Self::DTYPE {
-                    return read(view);
-                }
-                with_number!(dtype, S => {
-                    let elements = read::<S>(view)?;
-                    Ok(Cow::Owned(elements.iter().map(|&element| element.convert()).collect()))
-                })
-            }
-        })*
-    };
-}
-accumulators!(u8, u16, u32, u64, i8, i16, i32, i64, f32, f64);
 
 #[cfg(test)]
 mod tests {

@@ -22,6 +22,8 @@ pub(crate) trait Number: Element + PartialOrd + Send + Sync {
     /// NaN if either is NaN.
     fn smaller(self, other: Self) -> Self;
     fn is_nan(self) -> bool;
+    /// Numbers in their order: NaN above all others, zeros of either sign as one.
+    fn rank(self) -> i64;
     fn to_sum(self) -> Self::Sum;
     fn from_sum(sum: Self::Sum) -> Self;
     /// `sum / count`; truncated for integers, where no elements give 0.
@@ -95,6 +97,11 @@ macro_rules! integers {
                 false
             }
             #[inline(always)]
+            fn rank(self) -> i64 {
+                let unsigned_64 = Self::MIN == 0 && Self::BITS == 64;
+                if unsigned_64 { self as i64 ^ i64::MIN } else { self as i64 }
+            }
+            #[inline(always)]
             fn to_sum(self) -> Self {
                 self
             }
@@ -147,6 +154,15 @@ macro_rules! floats {
             #[inline(always)]
             fn is_nan(self) -> bool {
                 self.is_nan()
+            }
+            #[inline(always)]
+            fn rank(self) -> i64 {
+                if self.is_nan() {
+                    return i64::MAX;
+                }
+                // Bits of numbers of one sign are in the order of their magnitudes. What is added makes -0 of 0.
+                let bits = (f64::from(self) + 0.0).to_bits().cast_signed();
+                if bits < 0 { bits ^ i64::MAX } else { bits }
             }
             #[inline(always)]
             fn to_sum(self) -> f64 {
@@ -266,6 +282,40 @@ macro_rules! with_number {
     };
 }
 pub(crate) use with_number;
+
+/// Runs the body with `$T` the type for sums and products of `$dtype`: for integers the unsigned one of their size, since
+/// sums and products that wrap have the same bits with a sign and without.
+macro_rules! with_wrapping {
+    ($dtype:expr, $T:ident => $body:expr) => {
+        match $dtype {
+            planfile::DType::Bool | planfile::DType::U8 | planfile::DType::I8 => {
+                type $T = u8;
+                $body
+            }
+            planfile::DType::U16 | planfile::DType::I16 => {
+                type $T = u16;
+                $body
+            }
+            planfile::DType::U32 | planfile::DType::I32 => {
+                type $T = u32;
+                $body
+            }
+            planfile::DType::U64 | planfile::DType::I64 => {
+                type $T = u64;
+                $body
+            }
+            planfile::DType::F16 | planfile::DType::BF16 | planfile::DType::F32 => {
+                type $T = f32;
+                $body
+            }
+            planfile::DType::F64 => {
+                type $T = f64;
+                $body
+            }
+        }
+    };
+}
+pub(crate) use with_wrapping;
 
 /// Runs the body with `$T` the float type that `$dtype` is computed in; an error of `$op` for other types.
 macro_rules! with_float {

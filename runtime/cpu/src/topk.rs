@@ -1,7 +1,5 @@
 //! The largest or smallest elements along an axis.
 
-use std::cmp::Ordering;
-
 use crate::error::CpuError;
 use crate::number::{Number, with_number};
 use crate::view::{View, ViewMut, read, sizes, slice_mut, split_at_axis, write};
@@ -18,45 +16,47 @@ pub(crate) fn topk(
     let (outer, length, inner) = split_at_axis(&sizes(x.ty), axis);
     let k = sizes(values.ty)[axis];
     let indices = slice_mut(indices.bytes, indices.ty.dtype)?;
+    let shape = [outer, length, inner, k];
     with_number!(x.ty.dtype, T => {
         let x = read::<T>(x)?;
+        let rank = |at: usize| {
+            let rank = Number::rank(x[at]);
+            if largest { !rank } else { rank }
+        };
+        select(shape, &rank, indices);
         write(values, |values| {
-            if largest {
-                select::<T>([outer, length, inner, k], &x, values, indices, |a, b| ascending(b, a));
-            } else {
-                select::<T>([outer, length, inner, k], &x, values, indices, ascending);
-            }
+            pick::<T>(shape, &x, indices, values);
             Ok(())
         })
     })
 }
 
-fn ascending<T: Number>(a: T, b: T) -> Ordering {
-    a.partial_cmp(&b).unwrap_or_else(|| a.is_nan().cmp(&b.is_nan()))
-}
-
-fn select<T: Number>(
-    [outer, length, inner, k]: [usize; 4],
-    x: &[T],
-    values: &mut [T],
-    indices: &mut [i64],
-    order: impl Fn(T, T) -> Ordering,
-) {
-    let mut row: Vec<(T, usize)> = Vec::with_capacity(length);
-    let by_rank = |a: &(T, usize), b: &(T, usize)| order(a.0, b.0).then(a.1.cmp(&b.1));
+/// Indices of the elements of least rank. By rank, since sorting is much code to have for each type.
+fn select([outer, length, inner, k]: [usize; 4], rank: &dyn Fn(usize) -> i64, indices: &mut [i64]) {
+    let mut row: Vec<(i64, usize)> = Vec::with_capacity(length);
     for block in 0..outer {
         for column in 0..inner {
             row.clear();
-            row.extend((0..length).map(|position| (x[(block * length + position) * inner + column], position)));
+            row.extend((0..length).map(|position| (rank((block * length + position) * inner + column), position)));
             if k < length {
-                row.select_nth_unstable_by(k, by_rank);
+                row.select_nth_unstable(k);
             }
             let best = &mut row[..k];
-            best.sort_unstable_by(by_rank);
-            for (position, &(value, index)) in best.iter().enumerate() {
+            best.sort_unstable();
+            for (position, &(_, index)) in best.iter().enumerate() {
+                indices[(block * k + position) * inner + column] = index as i64;
+            }
+        }
+    }
+}
+
+/// The elements at these indices.
+fn pick<T: Copy>([outer, length, inner, k]: [usize; 4], x: &[T], indices: &[i64], values: &mut [T]) {
+    for block in 0..outer {
+        for position in 0..k {
+            for column in 0..inner {
                 let at = (block * k + position) * inner + column;
-                values[at] = value;
-                indices[at] = index as i64;
+                values[at] = x[(block * length + indices[at] as usize) * inner + column];
             }
         }
     }
@@ -82,6 +82,10 @@ mod tests {
         let x = Tensor::from_elements(&[4], &[1.0f32, f32::NAN, f32::INFINITY, f32::NAN]).unwrap();
         assert_eq!(run::<f32>(0, 3, true, &x).1, [1, 3, 2]);
         assert_eq!(run::<f32>(0, 3, false, &x).1, [0, 2, 1]);
+        let x = Tensor::from_elements(&[5], &[0.0f64, -0.0, f64::NEG_INFINITY, 5e-324, -5e-324]).unwrap();
+        assert_eq!(run::<f64>(0, 5, false, &x).1, [2, 4, 0, 1, 3]);
+        let x = Tensor::from_elements(&[3], &[0u64, u64::MAX, 1 << 63]).unwrap();
+        assert_eq!(run(0, 3, true, &x), (vec![u64::MAX, 1 << 63, 0], vec![1, 2, 0]));
         let x = Tensor::from_elements(&[2, 2], &[1u8, 9, 5, 3]).unwrap();
         assert_eq!(run(0, 1, true, &x), (vec![5u8, 9], vec![1, 0]));
     }

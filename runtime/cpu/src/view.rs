@@ -93,21 +93,24 @@ pub(crate) const fn is_half(dtype: DType) -> bool {
     matches!(dtype, DType::F16 | DType::BF16)
 }
 
+/// Elements of a half type as `f32`. Not generic, as what follows is for each type and each reader.
+fn widened(view: &View<'_>) -> Result<Vec<f32>, CpuError> {
+    let bits: &[u16] = slice(view.bytes, view.ty.dtype)?;
+    let mut elements = vec![0f32; bits.len()];
+    for (bits, elements) in bits.chunks(CHUNK).zip(elements.chunks_mut(CHUNK)) {
+        widen_half(view.ty.dtype, bits, elements);
+    }
+    Ok(elements)
+}
+
 /// The elements in the type they are computed in: half types as `f32`, `Bool` as `u8`, others as they are.
 pub(crate) fn read<'a, T: Number>(view: &View<'a>) -> Result<Cow<'a, [T]>, CpuError> {
     let dtype = view.ty.dtype;
     if !is_half(dtype) {
         return slice(view.bytes, dtype).map(Cow::Borrowed);
     }
-    let bits: &[u16] = slice(view.bytes, dtype)?;
-    let mut elements = Vec::with_capacity(bits.len());
-    let mut block = [0f32; CHUNK];
-    for chunk in bits.chunks(CHUNK) {
-        let block = &mut block[..chunk.len()];
-        widen_half(dtype, chunk, block);
-        elements.extend(block.iter().map(|&value| T::from_f32(value)));
-    }
-    Ok(Cow::Owned(elements))
+    let elements = bytemuck::allocation::try_cast_vec(widened(view)?);
+    elements.map(Cow::Owned).map_err(|_| CpuError::Alignment { dtype })
 }
 
 /// Lets `fill` write the result in the type it is computed in, see [`read`]; rounds to a half type at the end.
@@ -120,15 +123,8 @@ pub(crate) fn write<T: Number>(
         return fill(slice_mut(result.bytes, dtype)?);
     }
     let bits: &mut [u16] = slice_mut(result.bytes, dtype)?;
-    let mut elements = vec![T::ZERO; bits.len()];
-    fill(&mut elements)?;
-    let mut block = [0f32; CHUNK];
-    for (chunk, elements) in bits.chunks_mut(CHUNK).zip(elements.chunks(CHUNK)) {
-        let block = &mut block[..chunk.len()];
-        for (value, element) in block.iter_mut().zip(elements) {
-            *value = element.to_f32();
-        }
-        narrow_half(dtype, block, chunk);
-    }
+    let mut elements = vec![0f32; bits.len()];
+    fill(bytemuck::try_cast_slice_mut(&mut elements).map_err(|_| CpuError::Alignment { dtype })?)?;
+    narrow_half(dtype, &elements, bits);
     Ok(())
 }
