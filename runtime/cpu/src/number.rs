@@ -288,22 +288,6 @@ pub(crate) use with_number;
 macro_rules! with_wrapping {
     ($dtype:expr, $T:ident => $body:expr) => {
         match $dtype {
-            planfile::DType::Bool | planfile::DType::U8 | planfile::DType::I8 => {
-                type $T = u8;
-                $body
-            }
-            planfile::DType::U16 | planfile::DType::I16 => {
-                type $T = u16;
-                $body
-            }
-            planfile::DType::U32 | planfile::DType::I32 => {
-                type $T = u32;
-                $body
-            }
-            planfile::DType::U64 | planfile::DType::I64 => {
-                type $T = u64;
-                $body
-            }
             planfile::DType::F16 | planfile::DType::BF16 | planfile::DType::F32 => {
                 type $T = f32;
                 $body
@@ -312,6 +296,7 @@ macro_rules! with_wrapping {
                 type $T = f64;
                 $body
             }
+            integer => $crate::number::with_width!(integer, $T => $body),
         }
     };
 }
