@@ -355,6 +355,23 @@ mod tests {
         }
     }
 
+    #[test]
+    fn very_many_weights_of_one_name_are_told_apart() {
+        // Looking for each one's number, or each one's place, among all of them takes minutes.
+        const WEIGHTS: u32 = 40_000;
+        let mut plan = sample::plan();
+        let Manifest { weights, placed, .. } = &mut plan.manifest;
+        *weights = vec![weights[0].clone(); WEIGHTS as usize];
+        let place = |weight| PlacedWeight { weight, ..placed[0].clone() };
+        *placed = (0..WEIGHTS).map(place).collect();
+        let mut after = plan.clone();
+        after.manifest.placed[30_000].splits.clear();
+        let found = diff(&plan, &after);
+        assert_eq!((found.placements.len(), found.weights.len()), (1, 0));
+        let places = crate::text::text(&plan).lines().filter(|line| line.contains("weights+")).count();
+        assert!(places >= WEIGHTS as usize, "{places} lines");
+    }
+
     /// Whatever is changed, something is said.
     #[test]
     fn no_difference_is_silent() {
