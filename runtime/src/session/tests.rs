@@ -271,6 +271,11 @@ fn gpu_plan(ranks: u32, architecture: &str) -> Plan {
         let program = program(vec![0], port(0), port(1024), vec![copy]);
         plan = self::plan(1, &[("x", f32s(&[4]))], f32s(&[4]), vec![program]);
     }
+    compiled_for(plan, architecture)
+}
+
+/// The plan for GPUs of that architecture, whose ranks exchange through NCCL.
+fn compiled_for(mut plan: Plan, architecture: &str) -> Plan {
     for step in plan.programs.iter_mut().flat_map(|program| &mut program.steps) {
         if let Action::Collective { algorithm, .. } = &mut step.action {
             *algorithm = CollectiveAlgorithm::Nccl;
@@ -325,9 +330,9 @@ fn a_gpu_copies_in_a_graph_and_step_by_step() {
 }
 
 /// Loads a plan for the first GPUs.
-fn on_gpus(mut plan: Plan) -> Session {
+fn on_gpus(plan: Plan) -> Session {
     let (major, minor) = cuda::gpus().unwrap()[0].capability;
-    plan.manifest.target.architecture = format!("sm_{major}{minor}");
+    let plan = compiled_for(plan, &format!("sm_{major}{minor}"));
     Session::load(&save(&plan, &[]).path, Devices::Cuda { ordinals: None }).unwrap()
 }
 
