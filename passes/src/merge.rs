@@ -91,7 +91,9 @@ impl<'a> Splice<'a> {
 
     /// Instructions and operands. `None` when there are not enough slots.
     fn write(&self) -> Option<Written> {
-        let (mut ops, mut operands) = (Vec::new(), Vec::new());
+        // Room for all of it at once: growing bit by bit, links of a chain leave holes of every size behind.
+        let parts = self.taken.iter().map(|(_, expr, _)| expr.ops.len() + 1).sum::<usize>();
+        let (mut ops, mut operands) = (Vec::with_capacity(self.expr.ops.len() + parts), Vec::new());
         let number = |operands: &mut Vec<ValueId>, value: ValueId| {
             let known = operands.iter().position(|&known| known == value);
             let position = known.unwrap_or_else(|| {
