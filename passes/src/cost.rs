@@ -103,13 +103,7 @@ fn operations_per_second(target: &Target, dtype: DType, matrix: bool) -> f64 {
 
 /// Time of a collective that moves tensors of `bytes` on each rank.
 fn collective_ns(op: &Op, bytes: u64, target: &Target) -> f64 {
-    let ranks = match op {
-        Op::AllReduce { groups, .. }
-        | Op::AllGather { groups, .. }
-        | Op::ReduceScatter { groups, .. }
-        | Op::AllToAll { groups, .. } => groups.first().map_or(1, Vec::len) as u32,
-        _ => 2,
-    };
+    let ranks = op.groups().map_or(2, |groups| groups.first().map_or(1, Vec::len) as u32);
     if ranks < 2 {
         return target.device.launch_ns;
     }

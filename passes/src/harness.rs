@@ -214,11 +214,7 @@ fn exchanged(op: &Op, operands: &[Vec<&Tensor>]) -> Option<Vec<Tensor>> {
         whole.data = planfile::Buffer::from_bytes(&bytes);
         whole
     };
-    if let Op::AllGather { groups, .. }
-    | Op::ReduceScatter { groups, .. }
-    | Op::AllReduce { groups, .. }
-    | Op::AllToAll { groups, .. } = op
-    {
+    if let Some(groups) = op.groups() {
         assert_eq!(*groups, [(0..count as u32).collect::<Vec<_>>()], "a test with several groups");
     }
     Some(match *op {

@@ -197,13 +197,9 @@ fn deviation(actual: &Tensor, expected: &Tensor, floor: f64) -> (f64, f64) {
 /// What each record's rank should have got: by rank, ascending, as the records are.
 fn exchanged(op: &Op, records: &[StepRecord]) -> Result<Vec<Vec<Tensor>>, StepError> {
     let contradiction = |what: &str| StepError::Contradiction { what: what.to_owned() };
-    let groups = match op {
-        Op::AllReduce { groups, .. }
-        | Op::AllGather { groups, .. }
-        | Op::ReduceScatter { groups, .. }
-        | Op::AllToAll { groups, .. } => groups,
+    let Some(groups) = op.groups() else {
         // What was sent arrives with another stage: the receiver's next steps show it.
-        _ => return Ok(records.iter().map(|record| record.results.clone()).collect()),
+        return Ok(records.iter().map(|record| record.results.clone()).collect());
     };
     let mut expected = Vec::with_capacity(records.len());
     for record in records {

@@ -204,11 +204,7 @@ impl Device<'_> {
                 let target = memory.write(result)?;
                 return copy(message.bytes(), &mut ViewMut { ty: &result.ty, bytes: target });
             }
-            Op::AllReduce { groups, .. }
-            | Op::AllGather { groups, .. }
-            | Op::ReduceScatter { groups, .. }
-            | Op::AllToAll { groups, .. } => groups,
-            other => return Err(contradiction(format!("{} is no collective", other.name()))),
+            other => other.groups().ok_or_else(|| contradiction(format!("{} is no collective", other.name())))?,
         };
         let ([operand], [result]) = (operands, results) else {
             return Err(contradiction("a collective has one operand and one result"));

@@ -417,17 +417,28 @@ impl Op {
         }
     }
 
+    /// The groups of ranks that meet in it, each with the same operation.
+    pub const fn groups(&self) -> Option<&Groups> {
+        match self {
+            Self::AllReduce { groups, .. }
+            | Self::AllGather { groups, .. }
+            | Self::ReduceScatter { groups, .. }
+            | Self::AllToAll { groups, .. } => Some(groups),
+            _ => None,
+        }
+    }
+
+    /// The other side of a message, for each rank of the stage.
+    pub const fn peers(&self) -> Option<&Vec<u32>> {
+        match self {
+            Self::Send { peers, .. } | Self::Recv { peers, .. } => Some(peers),
+            _ => None,
+        }
+    }
+
     /// Whether devices exchange data in it.
     pub const fn is_collective(&self) -> bool {
-        matches!(
-            self,
-            Self::AllReduce { .. }
-                | Self::AllGather { .. }
-                | Self::ReduceScatter { .. }
-                | Self::AllToAll { .. }
-                | Self::Send { .. }
-                | Self::Recv { .. }
-        )
+        self.groups().is_some() || self.peers().is_some()
     }
 
     /// The numbers in it that may differ by rank, and do.

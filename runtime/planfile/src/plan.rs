@@ -440,22 +440,13 @@ impl Program {
             _ => None,
         });
         let mut seen = HashSet::new();
-        let groups = ops.clone().filter_map(|op| match op {
-            Op::AllReduce { groups, .. }
-            | Op::AllGather { groups, .. }
-            | Op::ReduceScatter { groups, .. }
-            | Op::AllToAll { groups, .. } => Some(groups),
-            _ => None,
-        });
+        let groups = ops.clone().filter_map(Op::groups);
         let groups = groups.filter(move |groups| seen.insert(*groups)).flatten();
         let within = groups.flat_map(|group| {
             let later = |position: usize| group.iter().skip(position + 1);
             group.iter().enumerate().flat_map(move |(position, &a)| later(position).map(move |&b| (a, b)))
         });
-        let peers = ops.flat_map(|op| match op {
-            Op::Send { peers, .. } | Op::Recv { peers, .. } => peers.as_slice(),
-            _ => &[],
-        });
+        let peers = ops.filter_map(Op::peers).flatten();
         // Each has a peer for each of the program's ranks, in their order.
         let across = self.ranks.iter().copied().cycle().zip(peers.copied());
         within.chain(across).map(|(a, b)| (a.min(b), a.max(b)))

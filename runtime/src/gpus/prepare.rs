@@ -267,14 +267,7 @@ impl Rank {
                 let to = self.address(result)?;
                 return Ok(Work::Exchange { communicator: self.world()?, what, from: to, to });
             }
-            (
-                Op::AllReduce { groups, .. }
-                | Op::AllGather { groups, .. }
-                | Op::ReduceScatter { groups, .. }
-                | Op::AllToAll { groups, .. },
-                [operand],
-                [result],
-            ) => (groups, operand, result),
+            (_, [operand], [result]) if let Some(groups) = op.groups() => (groups, operand, result),
             _ => return Err(contradiction(format!("{} with these operands is no collective", op.name()))),
         };
         let group = groups.iter().find(|group| group.contains(&self.rank));

@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Instant;
 
+use planfile::Tensor;
 use planfile::plan::{Action, Place, Plan};
-use planfile::{Op, Tensor};
 
 use super::context::{StepDuration, StepRecord};
 use super::faults::{Fault, Faults};
@@ -434,13 +434,7 @@ impl Drop for Rank {
 fn groups_of(plan: &Plan) -> BTreeSet<Groups> {
     let steps = plan.programs.iter().flat_map(|program| &program.steps);
     let groups = steps.filter_map(|step| match &step.action {
-        Action::Collective { op, .. } => match op {
-            Op::AllReduce { groups, .. }
-            | Op::AllGather { groups, .. }
-            | Op::ReduceScatter { groups, .. }
-            | Op::AllToAll { groups, .. } => Some(groups),
-            _ => None,
-        },
+        Action::Collective { op, .. } => op.groups(),
         Action::Launch { .. } | Action::Library { .. } | Action::Copy { .. } | Action::Persistent { .. } => None,
     });
     groups.filter(|groups| groups.iter().any(|group| group.len() > 1)).cloned().collect()

@@ -132,12 +132,9 @@ fn check_by_rank(graph: &Graph, op: &Op) -> Result<(), String> {
             return Err(format!("a table of {} numbers for {ranks} ranks", table.len()));
         }
     }
-    match op {
-        Op::AllReduce { groups, .. }
-        | Op::AllGather { groups, .. }
-        | Op::ReduceScatter { groups, .. }
-        | Op::AllToAll { groups, .. } => check_groups(graph, groups),
-        Op::Send { peers, .. } | Op::Recv { peers, .. } if peers.len() != ranks || ranks == 0 => {
+    match (op.groups(), op.peers()) {
+        (Some(groups), _) => check_groups(graph, groups),
+        (None, Some(peers)) if peers.len() != ranks || ranks == 0 => {
             Err(format!("{} peers for {ranks} ranks", peers.len()))
         }
         _ => Ok(()),

@@ -235,17 +235,14 @@ impl Context<'_> {
         let types: Vec<&TensorType> = operands.iter().map(|operand| &operand.ty).collect();
         let inferred = infer(op, &types).map_err(|what| format!("{}: {what}", op.name()))?;
         match_types(results, &inferred, "result").map_err(|what| format!("{}: {what}", op.name()))?;
-        match op {
-            Op::AllReduce { groups, .. }
-            | Op::AllGather { groups, .. }
-            | Op::ReduceScatter { groups, .. }
-            | Op::AllToAll { groups, .. } => self.groups(groups)?,
+        match (op.groups(), op.peers()) {
+            (Some(groups), _) => self.groups(groups)?,
             // Peers are checked against the other side, once all programs are known to be sound.
-            Op::Send { peers, .. } | Op::Recv { peers, .. } if peers.len() == self.program.ranks.len() => {}
-            Op::Send { peers, .. } | Op::Recv { peers, .. } => {
+            (None, Some(peers)) if peers.len() == self.program.ranks.len() => {}
+            (None, Some(peers)) => {
                 return Err(format!("{} peers for {} ranks", peers.len(), self.program.ranks.len()));
             }
-            other => return Err(format!("{} is not between ranks", other.name())),
+            (None, None) => return Err(format!("{} is not between ranks", op.name())),
         }
         if (algorithm == CollectiveAlgorithm::Nccl) == self.on_host {
             let target = &self.plan.manifest.target.architecture;
