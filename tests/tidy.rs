@@ -179,7 +179,7 @@ fn paths_named_in_documents_exist() {
 /// Paths relative to the root that a Markdown text names in code spans and code blocks, with the index of their line.
 ///
 /// A path is a word whose first folder is one of the project's. Words with placeholders (`NAME`, `*`, `<..>`) and what
-/// tools write (`target`, `fixtures/fetched`) are no claims about the repository.
+/// tools write (`target`, `fixtures/fetched`, `fixtures/.venv`) are no claims about the repository.
 fn named_paths(text: &str) -> Vec<(usize, String)> {
     let mut in_block = false;
     let mut paths = Vec::new();
@@ -195,7 +195,8 @@ fn named_paths(text: &str) -> Vec<(usize, String)> {
             let is_rooted = word.contains('/') && !first.is_empty() && root().join(first).is_dir();
             let is_file = [".md", ".rs", ".toml", ".py"].iter().any(|ending| word.ends_with(ending));
             let has_placeholder = word.contains(['*', '<', '{', '=', '[', '(']) || word.contains("NAME");
-            let is_written_by_tools = first == "target" || word.starts_with("fixtures/fetched");
+            let written = ["fixtures/fetched", "fixtures/.venv"];
+            let is_written_by_tools = first == "target" || written.iter().any(|folder| word.starts_with(folder));
             if (is_rooted || is_file) && !has_placeholder && !is_written_by_tools {
                 paths.push((index, word.to_owned()));
             }
