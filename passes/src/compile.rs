@@ -1,5 +1,8 @@
 //! From an imported module to a plan: the pipeline, the schedule, the lowering, and why it came out so.
 
+use std::panic::resume_unwind;
+use std::thread;
+
 use ir::verify::verify;
 use ir::{Mesh, Module};
 use planfile::plan::{Alternative, Explanations, Plan, PlanAxis};
@@ -96,16 +99,22 @@ fn scheduled(
     let whole = (choice.mesh.ranks() > 1).then(|| logical.clone());
     let Some(sharded) = pipeline.pass(&SHARD, logical)? else { return Ok(None) };
     let placed = whole.as_ref().map(|Logical(whole)| Placed::new(whole, &sharded, &pipeline.settings));
-    let Some(scheduled) = pipeline.finish(sharded)? else { return Ok(None) };
+    let (scheduled, one_device) = match &whole {
+        None => (pipeline.finish(sharded), None),
+        Some(whole) => {
+            let one_device = || Some(predicted(whole.clone(), &Mesh::default(), settings));
+            beside(one_device, || pipeline.finish(sharded))
+        }
+    };
+    let Some(scheduled) = scheduled? else { return Ok(None) };
     let predicted_ns = scheduled.predicted_ns();
     let mut explanations = choice.explained(predicted_ns);
     let mut warnings = Vec::new();
-    if let (Some(whole), Some(placed)) = (whole, placed) {
+    if let (Some(one_device), Some(placed)) = (one_device, placed) {
         explanations.sharding.extend(placed.whole);
         warnings.extend(placed.idle.into_iter().map(Warning::IdleAxis));
-        let one_device_ns = predicted(whole, &Mesh::default(), settings)?;
         let ranks = choice.mesh.ranks();
-        if let Some(one_device_ns) = one_device_ns.filter(|&one_device_ns| one_device_ns <= predicted_ns) {
+        if let Some(one_device_ns) = one_device?.filter(|&one_device_ns| one_device_ns <= predicted_ns) {
             warnings.push(Warning::Slower { ranks, predicted_ns, one_device_ns });
         }
         explanations.sharding.extend(warnings.iter().map(Warning::text));
@@ -149,10 +158,8 @@ impl Choice {
             // Nothing to compare it with.
             Ok([only]) => ranking.push((only, None)),
             Err(candidates) => {
-                for mesh in candidates {
-                    let ns = predicted(logical.clone(), &mesh, settings)?;
-                    ranking.push((mesh, ns));
-                }
+                let times = predicted_on(logical, &candidates, settings)?;
+                ranking.extend(candidates.into_iter().zip(times));
             }
         }
         ranking.sort_by_key(|(_, ns)| ns.unwrap_or(u64::MAX));
@@ -167,6 +174,33 @@ impl Choice {
         let sharding = vec![explain(&self.mesh, predicted_ns, 1 + self.others.len() as u64, devices)];
         Explanations { sharding, alternatives, ..Explanations::default() }
     }
+}
+
+/// As [`predicted`] on each mesh, all at once.
+fn predicted_on(logical: &Logical, meshes: &[Mesh], settings: &Settings<'_>) -> Result<Vec<Option<u64>>, PassError> {
+    let Some((last, before)) = meshes.split_last() else { return Ok(Vec::new()) };
+    let trial = || predicted(logical.clone(), last, settings);
+    let (times, last) = match before {
+        [] => (Ok(Vec::new()), trial()),
+        before => beside(trial, || predicted_on(logical, before, settings)),
+    };
+    let mut times = times?;
+    times.push(last?);
+    Ok(times)
+}
+
+/// Stack of a thread: that of a program's first one on Linux.
+const STACK_BYTES: usize = 8 << 20;
+
+/// Does both at once, `other` on a thread of its own; one after the other where there are no more threads.
+fn beside<A, B: Send>(other: impl Fn() -> B + Sync, own: impl FnOnce() -> A) -> (A, B) {
+    thread::scope(|scope| {
+        let thread = thread::Builder::new().stack_size(STACK_BYTES).spawn_scoped(scope, &other);
+        let own = own();
+        let other =
+            thread.map_or_else(|_| other(), |thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic)));
+        (own, other)
+    })
 }
 
 /// Time of the plan on that mesh; `None` where the target has no kernel for a step of it.
